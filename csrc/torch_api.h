@@ -1,0 +1,145 @@
+// The only header that includes torch, and only its stable ABI: tensors, allocation, checks, dtype switch, rows, and the
+// list in which every kernel file enters its operators.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+namespace fusedtricks {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// ---- kernel list ----------------------------------------------------------------------------------------------------
+
+using BoxedKernel = void (*)(StableIValue*, uint64_t, uint64_t);
+
+struct Kernel {
+  const char* op;
+  const char* backend;  // "cpu:default", "cpu:avx2", "cpu:avx512" or "cuda"
+  BoxedKernel call;
+};
+
+// Defined in module.cpp. The Python side decides which entry serves which dispatch key.
+bool enter_kernel(Kernel kernel);
+
+#define FT_KERNEL(op, backend, function) \
+  static const bool entered_##op = ::fusedtricks::enter_kernel({#op, backend, TORCH_BOX(&function)})
+
+// ---- dtypes ---------------------------------------------------------------------------------------------------------
+
+// Arithmetic and statistics are fp32, and fp64 for fp64.
+inline ScalarType accumulate_dtype(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
+
+inline void check_floating(const char* op, const char* name, ScalarType t) {
+  STD_TORCH_CHECK(
+      t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 || t == ScalarType::Half, op, ": ",
+      name, " must be float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(t));
+}
+
+// ---- allocation -----------------------------------------------------------------------------------------------------
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& where) {
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1)) strides[i] = stride;
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(where.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, where.get_device_index(),
+      &handle));
+  return Tensor(handle);
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+// Do the trailing `dims` dimensions lie in memory as one run of unit stride?
+inline bool unit_columns(const Tensor& t, int64_t dims) {
+  auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  for (int64_t d = t.dim() - 1; d >= t.dim() - dims; --d) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// A copy of `t` with unit-stride columns; what is expanded over the rows stays expanded, so that the gradient of
+// `sum()` costs one row and not a tensor.
+inline Tensor with_unit_columns(const Tensor& t, int64_t dims) {
+  if (unit_columns(t, dims)) return t;
+  Tensor one = t;
+  for (int64_t d = 0; d < t.dim() - dims; ++d) {
+    if (t.stride(d) == 0 && t.size(d) > 1) one = torch::stable::narrow(one, d, 0, 1);
+  }
+  one = torch::stable::contiguous(one);
+  std::array<int64_t, 64> strides{};
+  for (int64_t d = 0; d < t.dim(); ++d) strides[d] = one.size(d) == t.size(d) ? one.stride(d) : 0;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_as_strided(one.get(), t.sizes().data(), strides.data(), &handle));
+  return Tensor(handle);
+}
+
+// The leading dimensions of K tensors of one shape, walked together: nested levels, outermost first, merged where all
+// K tensors allow it. The order follows the first tensor's strides, so a permuted but dense batch is one level.
+template <int K>
+struct Rows {
+  static constexpr int kLevels = 8;
+  int64_t count = 1;
+  int levels = 0;
+  int64_t size[kLevels];
+  int64_t stride[K][kLevels];
+
+  // Element offset of row r in tensor k.
+  int64_t offset(int k, int64_t r) const {
+    int64_t at = 0;
+    for (int l = levels - 1; l >= 0; --l) {
+      at += (r % size[l]) * stride[k][l];
+      r /= size[l];
+    }
+    return at;
+  }
+};
+
+// `strides[k]` are the strides of tensor k over the `n` leading dimensions of `sizes`.
+template <int K>
+Rows<K> collapse_rows(int64_t n, const int64_t* sizes, const std::array<const int64_t*, K>& strides) {
+  std::array<int64_t, 64> order;
+  int64_t kept = 0;
+  Rows<K> rows;
+  for (int64_t d = 0; d < n; ++d) {
+    rows.count *= sizes[d];
+    if (sizes[d] != 1) order[kept++] = d;
+  }
+  std::stable_sort(order.begin(), order.begin() + kept,
+                   [&](int64_t a, int64_t b) { return strides[0][a] > strides[0][b]; });
+  for (int64_t i = 0; i < kept; ++i) {
+    const int64_t d = order[i];
+    bool merge = rows.levels > 0;
+    for (int k = 0; merge && k < K; ++k) merge = rows.stride[k][rows.levels - 1] == sizes[d] * strides[k][d];
+    if (!merge) {
+      STD_TORCH_CHECK(rows.levels < Rows<K>::kLevels, "fusedtricks: more than ", Rows<K>::kLevels,
+                      " separately strided leading dimensions; call .contiguous() on the input first");
+      rows.size[rows.levels++] = 1;
+    }
+    rows.size[rows.levels - 1] *= sizes[d];
+    for (int k = 0; k < K; ++k) rows.stride[k][rows.levels - 1] = strides[k][d];
+  }
+  return rows;
+}
+
+}  // namespace fusedtricks

@@ -1,0 +1,178 @@
+"""The dispatch mechanism: an operator, its implementations, and which of them runs.
+
+The PyTorch dispatcher is the routing table. An `Op` defines a schema once; its reference is registered at
+`CompositeExplicitAutograd`, which makes it the definition, the fallback on every device and the fake kernel of
+`torch.compile` at once. Compiled kernels (`fusedtricks._C`) list themselves and are put at the CPU and CUDA keys here;
+where Triton is the recorded choice for CUDA, its launcher takes that key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+# Absent when the package was built without a compiler: Triton then serves GPUs and the reference CPUs.
+_C = importlib.import_module("fusedtricks._C") if importlib.util.find_spec("fusedtricks._C") else None
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+_NAMESPACE = "fusedtricks"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_libraries: dict[str, torch.library.Library] = {}
+_forced: str | None = None
+
+
+def _library(namespace: str) -> torch.library.Library:
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    return _libraries[namespace]
+
+
+def _compiled(name: str) -> dict[str, int]:
+    """Compiled kernels of one operator that this machine can run: {"cpu:avx512": index, ..., "cuda": index}, best last."""
+    return {} if _C is None else {k.backend: i for i, k in enumerate(_C.kernels()) if k.op == name and k.runs_here}
+
+
+class Op:
+    """One operator: schema, reference, kernels.
+
+    `schema` is torch's schema syntax, name first. `cuda` is the back end that serves CUDA tensors when both exist:
+    "triton" or "cuda"; `why` says on what ground, naming a file under bench/results/ once one has decided it.
+    """
+
+    registry: dict[str, Op] = {}
+
+    def __init__(self, schema: str, *, stem: str, cuda: str = "triton", why: str = "default until measured"):
+        self.name = schema.split("(", 1)[0]
+        self.schema, self.stem, self.prefer, self.why = schema, stem, cuda, why
+        self.kernels = _compiled(self.name)
+        self._implementations: dict[str, Callable[..., Any]] = {}
+        _library(_NAMESPACE).define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.default = getattr(getattr(torch.ops, _NAMESPACE), self.name).default
+        if self.cpu:
+            _C.register(self.kernels[self.cpu], _NAMESPACE)
+        if self.cuda == "cuda":
+            _C.register(self.kernels["cuda"], _NAMESPACE)
+        elif self.cuda == "triton":
+            _library(_NAMESPACE).impl(self.name, self._launch_triton, "CUDA")
+        Op.registry[self.name] = self
+
+    @property
+    def cpu(self) -> str | None:
+        """The CPU kernel in use, such as "cpu:avx512"; None where the reference serves."""
+        return next((k for k in reversed(self.kernels) if k.startswith("cpu:")), None)
+
+    @property
+    def cuda(self) -> str | None:
+        """What serves CUDA tensors: "triton", "cuda", or None for the reference."""
+        available = [b for b, there in (("cuda", "cuda" in self.kernels), ("triton", self.has_triton)) if there]
+        return self.prefer if self.prefer in available else next(iter(available), None)
+
+    @property
+    def has_triton(self) -> bool:
+        return _HAS_TRITON and importlib.util.find_spec(f"fusedtricks.triton_kernels.{self.stem}") is not None
+
+    def _launch_triton(self, *args: Any) -> Any:
+        return self.implementation("triton")(*args)
+
+    def reference(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: `fn`, in plain PyTorch, defines the operator."""
+        _library(_NAMESPACE).impl(self.name, fn, "CompositeExplicitAutograd")
+        self._implementations["reference"] = fn
+        return fn
+
+    def implementation(self, backend: str) -> Callable[..., Any]:
+        """The callable of one back end ("reference", "cpu", "cpu:avx2", "cuda", "triton"), whatever the default is."""
+        if backend == "cpu" and self.cpu:
+            backend = self.cpu
+        found = self._implementations.get(backend)
+        if found is None:
+            found = self._implementations[backend] = self._find(backend)
+        return found
+
+    def _find(self, backend: str) -> Callable[..., Any]:
+        if backend == "triton" and self.has_triton:
+            return getattr(importlib.import_module(f"fusedtricks.triton_kernels.{self.stem}"), self.name)
+        if backend in self.kernels:
+            # A namespace for each compiled back end, so that one can be forced without touching the default.
+            namespace = f"{_NAMESPACE}_{backend.replace(':', '_')}"
+            _library(namespace).define(self.schema)
+            _C.register(self.kernels[backend], namespace)
+            return getattr(getattr(torch.ops, namespace), self.name).default
+        raise RuntimeError(
+            f"fusedtricks: {self.name} has no '{backend}' implementation here; available: "
+            f"{', '.join(self.available())}. fusedtricks.backends() shows the reasons."
+        )
+
+    def available(self) -> list[str]:
+        return ["reference", *self.kernels, *(["triton"] if self.has_triton else [])]
+
+    def __call__(self, *args: Any) -> Any:
+        if _forced is None:
+            return self.default(*args)
+        return self.implementation(_forced)(*args)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one back end for every fusedtricks call made inside the block, from any thread.
+
+    `name` is "reference", "cpu", "cuda" or "triton"; "cpu:default", "cpu:avx2" and "cpu:avx512" force one instruction
+    set. An operator without that back end raises RuntimeError, as does an unknown name (ValueError). A backward that
+    runs after the block uses the default again.
+    """
+    global _forced
+    if name.split(":")[0] not in BACKENDS:
+        raise ValueError(f"fusedtricks.backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+class Row(NamedTuple):
+    op: str
+    cpu: str
+    cuda: str
+    why: str
+
+
+def table() -> list[Row]:
+    """What runs each operator on CPU and on CUDA tensors, and why."""
+    rows = []
+    for op in Op.registry.values():
+        reasons = []
+        if not op.cpu:
+            reasons.append("no compiled kernels in this build" if _C is None else "no CPU kernel for this operator")
+        if op.cuda != op.prefer:
+            missing = "triton is not installed" if op.prefer == "triton" and not _HAS_TRITON else f"{op.prefer} not built"
+            reasons.append(f"cuda: {missing}")
+        else:
+            reasons.append(f"cuda: {op.why}")
+        rows.append(Row(op.name, op.cpu or "reference", op.cuda or "reference", "; ".join(reasons)))
+    return rows
+
+
+def backends() -> None:
+    """Print which implementation runs each operator on CPU and on CUDA tensors, and why."""
+    rows = [Row("operator", "CPU tensors", "CUDA tensors", "why"), *table()]
+    widths = [max(len(r[i]) for r in rows) for i in range(4)]
+    for i, row in enumerate(rows):
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        if i == 0:
+            print("  ".join("-" * w for w in widths))
+
+
+def transforming() -> bool:
+    """True inside torch.func transforms (vmap, grad, jvp) or forward-mode AD, which need plain PyTorch operations."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def differentiating() -> bool:
+    """True in a backward that must itself be differentiable (`create_graph=True`)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -1,0 +1,4 @@
+"""Drop-in counterparts of torch.nn."""
+
+from fusedtricks.ops.layer_norm import LayerNorm as LayerNorm
+from fusedtricks.ops.rms_norm import RMSNorm as RMSNorm

@@ -1,0 +1,88 @@
+"""What layer_norm and rms_norm share: argument checks, statistics, layout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic and statistics are fp32, and fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def trailing(dims: int) -> tuple[int, ...]:
+    return tuple(range(-dims, 0))
+
+
+def row_count(x: Tensor, dims: int) -> int:
+    return math.prod(x.shape[: x.dim() - dims])
+
+
+def rstd_of(centred: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    """1 / sqrt(mean(centred^2) + eps), finite for rows whose squares overflow.
+
+    Where the mean of squares overflows, the row is scaled by a power of two s first, which is exact:
+    rstd = s / sqrt(mean((s c)^2) + s^2 eps).
+    """
+    power = 512 if centred.dtype == torch.float64 else 64
+    with torch.no_grad():
+        overflow = ~torch.isfinite(centred.detach().square().mean(axes, keepdim=True))
+        scale = torch.where(overflow, 2.0**-power, 1.0).to(centred.dtype)
+    return scale * torch.rsqrt((centred * scale).square().mean(axes, keepdim=True) + eps * scale.square())
+
+
+def laid_out_like(value: Tensor, template: Tensor) -> Tensor:
+    """`value` with the strides of `torch.empty_like(template)`: those of a dense `template`, so memory formats are kept."""
+    out = torch.empty_like(template, dtype=value.dtype)
+    return value if value.stride() == out.stride() else out.copy_(value)
+
+
+def check(name: str, input: Tensor, shape: tuple[int, ...], **parameters: Tensor | None) -> int:
+    """Raise torch's error for input that torch refuses; return the number of normalised dimensions."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}")
+    if isinstance(shape, int):
+        raise TypeError(f"{name}(): argument 'normalized_shape' (position 2) must be tuple of ints, not int")
+    dims, shape = len(shape), tuple(shape)
+    if dims == 0:
+        raise RuntimeError(
+            f"{name}: expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, "
+            "but got normalized_shape = []"
+        )
+    if input.shape[max(input.dim() - dims, 0) :] != shape:
+        expected = ", ".join(["*", *map(str, shape)])
+        raise RuntimeError(
+            f"{name}: Given normalized_shape={list(shape)}, expected input with shape [{expected}], "
+            f"but got input of size{list(input.shape)}"
+        )
+    if input.dtype not in FLOATS:
+        kind = str(input.dtype).removeprefix("torch.")
+        raise NotImplementedError(f'"{name}" not implemented for {kind}; expected float32, bfloat16, float16 or float64')
+    for label, parameter in parameters.items():
+        if parameter is None:
+            continue
+        if parameter.shape != shape:
+            raise RuntimeError(
+                f"{name}: Expected {label} to be of same shape as normalized_shape, but got {label} of shape "
+                f"{list(parameter.shape)} and normalized_shape = {list(shape)}"
+            )
+        if parameter.device != input.device:
+            raise RuntimeError(
+                f"{name}: Expected all tensors to be on the same device, but got {label} on {parameter.device} "
+                f"and input on {input.device}"
+            )
+        if parameter.dtype not in FLOATS:
+            raise RuntimeError(f"{name}: expected {label} of a floating dtype, but got {parameter.dtype}")
+    return dims
+
+
+def autocast_fp32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """torch's autocast policy for normalisation: fp32 on CUDA, untouched on CPU."""
+    if tensors[0].is_cuda and torch.is_autocast_enabled("cuda"):
+        return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+    return tensors

@@ -1,0 +1,150 @@
+"""Build of fusedtricks: one extension, `fusedtricks._C`, from every source under csrc/.
+
+CUDA sources are built when nvcc is found; FUSEDTRICKS_CUDA=0 or 1 overrides (1 fails without nvcc). TORCH_CUDA_ARCH_LIST
+narrows the targets. Without a C++ compiler the package installs without the extension and says so.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+# LibTorch's stable ABI: a binary built for this version serves every later one.
+TORCH_TARGET = "0x020b000000000000"
+CUDA_ARCHS = "8.0;9.0;10.0+PTX"
+
+# Worst first. The order is also the link order, which keeps one instruction set's code out of another's: of an inline
+# function that several objects define, the linker keeps the first, and whoever calls it defines it as well, so what is
+# kept never needs more than its callers do.
+INSTRUCTION_SETS = {"default": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+    INSTRUCTION_SETS["avx512"] = [
+        *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mbmi2"],
+        "-mprefer-vector-width=512",
+    ]
+
+
+def compiler() -> str | None:
+    named = os.environ.get("CXX")
+    if named and not shutil.which(shlex.split(named)[0]):
+        raise SystemExit(f"fusedtricks: CXX={named!r} was not found")
+    return named or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit to build with, or None for a build without CUDA."""
+    wanted = os.environ.get("FUSEDTRICKS_CUDA")
+    if wanted not in (None, "", "0", "1"):
+        raise SystemExit(f"fusedtricks: FUSEDTRICKS_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc:
+        home = Path(nvcc).resolve().parent.parent
+        if (home / "include/cuda_runtime.h").exists():
+            return home
+        nvcc = None
+    if wanted == "1":
+        raise SystemExit("fusedtricks: FUSEDTRICKS_CUDA=1, but no nvcc was found (set CUDA_HOME or PATH)")
+    return None
+
+
+def nvcc_targets() -> tuple[str, list[str]]:
+    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS).replace(" ", ";")
+    flags = []
+    for arch in filter(None, archs.split(";")):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return archs, flags
+
+
+def ninja_file(cxx: str, output: Path, build: Path) -> str:
+    """The whole build as a ninja file: baseline, AVX2 and AVX-512 objects of each CPU kernel, CUDA objects, one link."""
+    import pybind11
+    import torch
+
+    torch_dir = Path(torch.__file__).parent
+    cuda = cuda_home()
+    archs, targets = nvcc_targets() if cuda else ("", [])
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    includes = [f"-I{CSRC}", *(f"-isystem {p}" for p in (torch_dir / "include",))]
+    python = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_paths()['include']}"]
+    # Neither flag changes a result: errno and floating-point traps are never looked at.
+    common = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    mac = sys.platform == "darwin"
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if mac else ["-shared", "-Wl,--as-needed"]
+    link = [*shared, f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    if cuda:
+        defines.append("-DUSE_CUDA")
+        # Static: the CUDA runtime's version is then ours, whatever torch was built with.
+        link += [f"-L{cuda}/lib64", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    link += shlex.split(os.environ.get("LDFLAGS", ""))
+    info = f"""'-DFT_CUDA_ARCHS="{archs}"'"""
+    lines = [
+        "ninja_required_version = 1.3",
+        f"cxxflags = {' '.join([*common, *defines, *includes, *extra])}",
+        f"nvccflags = {' '.join(['-O3', '-std=c++20', '-Xcompiler -fPIC,-fvisibility=hidden', *defines, *includes, *targets])}",
+        f"rule cxx\n  command = {cxx} -MMD -MF $out.d $cxxflags $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule nvcc\n  command = {cuda}/bin/nvcc -MD -MF $out.d $nvccflags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {cxx} $in -o $out {' '.join(link)}",
+    ]
+    # ninja reads '$' and ':' and ' ' specially in paths.
+    escape = lambda path: str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")  # noqa: E731
+    objects = []
+
+    def compile(rule: str, source: Path, name: str, flags: str = "") -> None:
+        objects.append(escape(build / f"{name}.o"))
+        lines.append(f"build {objects[-1]}: {rule} {escape(source)}\n  flags = {flags}")
+
+    compile("cxx", CSRC / "module.cpp", "module", f"{' '.join(python)} {info}")
+    for isa, flags in INSTRUCTION_SETS.items():
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            compile("cxx", source, f"{source.stem}.{isa}", " ".join([*flags, f"-DFT_ISA={isa if isa != 'default' else 'baseline'}"]))
+    if cuda:
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            compile("nvcc", source, f"{source.stem}.cuda")
+    lines.append(f"build {escape(output)}: link {' '.join(objects)}\ndefault {escape(output)}\n")
+    return "\n".join(lines)
+
+
+class Build(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        # A fixed place, unlike self.build_temp: a rebuild compiles only what changed.
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        text, path = ninja_file(compiler(), output, build), build / "build.ninja"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *jobs], check=True)
+
+
+extensions = [Extension("fusedtricks._C", sources=[])]
+if compiler() is None:
+    extensions = []
+    print("fusedtricks: no C++ compiler found; installing without compiled kernels (Triton on GPUs, PyTorch on CPUs)")
+
+setup(
+    # By hand: a search would also install triton_kernels under the name of Triton's own package.
+    packages=["fusedtricks", "fusedtricks.ops", "fusedtricks.triton_kernels"],
+    package_dir={"fusedtricks.triton_kernels": "triton_kernels"},
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
+)
