@@ -25,7 +25,7 @@ CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 # Worst first. The order is also the link order, which keeps one instruction set's code out of another's: of an inline
 # function that several objects define, the linker keeps the first, and whoever calls it defines it as well, so what is
 # kept never needs more than its callers do.
-INSTRUCTION_SETS = {"default": []}
+INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
     INSTRUCTION_SETS["avx512"] = [
@@ -114,7 +114,7 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
     compile("cxx", CSRC / "module.cpp", "module", f"{' '.join(python)} {info}")
     for isa, flags in INSTRUCTION_SETS.items():
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
-            compile("cxx", source, f"{source.stem}.{isa}", " ".join([*flags, f"-DFT_ISA={isa if isa != 'default' else 'baseline'}"]))
+            compile("cxx", source, f"{source.stem}.{isa}", " ".join([*flags, f"-DFT_ISA={isa}"]))
     if cuda:
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             compile("nvcc", source, f"{source.stem}.cuda")

@@ -27,7 +27,7 @@ using BoxedKernel = void (*)(StableIValue*, uint64_t, uint64_t);
 
 struct Kernel {
   const char* op;
-  const char* backend;  // "cpu:default", "cpu:avx2", "cpu:avx512" or "cuda"
+  const char* backend;  // "cpu:baseline", "cpu:avx2", "cpu:avx512" or "cuda"
   BoxedKernel call;
 };
 
@@ -50,18 +50,29 @@ inline void check_floating(const char* op, const char* name, ScalarType t) {
 
 // ---- allocation -----------------------------------------------------------------------------------------------------
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& where) {
-  std::array<int64_t, 4> strides{};
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// A plain (row-major) tensor on the device of `where`.
+inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& where) {
+  std::array<int64_t, 64> strides;
   int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1)) strides[i] = stride;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(where.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, where.get_device_index(),
-      &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), static_cast<int32_t>(dtype), device_type,
+                                                         where.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& where) {
+  return empty(Sizes(sizes.begin(), sizes.size()), dtype, where);
+}
+
+// Strides as torch.empty_like gives them: those of `t` where it is dense.
+inline Tensor empty_like(const Tensor& t) {
+  return t.is_contiguous() ? empty(t.sizes(), t.scalar_type(), t) : torch::stable::empty_like(t);
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -104,15 +115,32 @@ struct Rows {
   int64_t size[kLevels];
   int64_t stride[K][kLevels];
 
-  // Element offset of row r in tensor k.
-  int64_t offset(int k, int64_t r) const {
-    int64_t at = 0;
-    for (int l = levels - 1; l >= 0; --l) {
-      at += (r % size[l]) * stride[k][l];
-      r /= size[l];
+  // Steps through the rows from row r, with the element offset of the current row in each tensor.
+  class Walk {
+   public:
+    int64_t offset[K] = {};
+
+    Walk(const Rows& rows, int64_t r) : rows_(rows) {
+      for (int l = rows.levels - 1; l >= 0; --l) {
+        index_[l] = l ? r % rows.size[l] : r;
+        r = l ? r / rows.size[l] : 0;
+        for (int k = 0; k < K; ++k) offset[k] += index_[l] * rows.stride[k][l];
+      }
     }
-    return at;
-  }
+
+    void next() {
+      for (int l = rows_.levels - 1; l >= 0; --l) {
+        for (int k = 0; k < K; ++k) offset[k] += rows_.stride[k][l];
+        if (++index_[l] < rows_.size[l] || l == 0) return;
+        for (int k = 0; k < K; ++k) offset[k] -= rows_.size[l] * rows_.stride[k][l];
+        index_[l] = 0;
+      }
+    }
+
+   private:
+    const Rows& rows_;
+    int64_t index_[kLevels];
+  };
 };
 
 // `strides[k]` are the strides of tensor k over the `n` leading dimensions of `sizes`.
@@ -140,6 +168,51 @@ Rows<K> collapse_rows(int64_t n, const int64_t* sizes, const std::array<const in
     for (int k = 0; k < K; ++k) rows.stride[k][rows.levels - 1] = strides[k][d];
   }
   return rows;
+}
+
+// ---- normalization over rows: what every launcher checks ----------------------------------------------------------------
+
+struct RowShape {
+  int64_t rows, columns;
+};
+
+// x (*, C...) with the trailing `dims` dimensions normalised; parameters of that trailing shape.
+inline RowShape check_rows(const char* op, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                           int64_t dims) {
+  check_floating(op, "input", x.scalar_type());
+  STD_TORCH_CHECK(dims >= 1 && dims <= x.dim(), op, ": cannot normalise ", dims, " dimensions of a ", x.dim(),
+                  "-dimensional input");
+  RowShape shape{1, 1};
+  const int64_t lead = x.dim() - dims;
+  for (int64_t d = 0; d < x.dim(); ++d) (d < lead ? shape.rows : shape.columns) *= x.size(d);
+  auto check = [&](const MaybeTensor& p, const char* name) {
+    if (!p) return;
+    check_floating(op, name, p->scalar_type());
+    bool same = p->dim() == dims && p->get_device_index() == x.get_device_index() && p->is_cuda() == x.is_cuda();
+    for (int64_t d = 0; same && d < dims; ++d) same = p->size(d) == x.size(lead + d);
+    STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and device of the input's trailing ", dims,
+                    " dimensions");
+  };
+  check(weight, "weight");
+  check(bias, "bias");
+  return shape;
+}
+
+inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x, const Tensor& stats, int64_t stats_numel) {
+  bool same = dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type() && dy.is_cuda() == x.is_cuda();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = dy.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, op, ": the gradient must have the shape, dtype and device of the input");
+  STD_TORCH_CHECK(stats.numel() == stats_numel && stats.is_contiguous() &&
+                      stats.scalar_type() == accumulate_dtype(x.scalar_type()),
+                  op, ": the statistics must be those that the forward returned");
+}
+
+// Strides of the leading dimensions of a plain tensor of one element per row.
+inline std::array<int64_t, 64> row_major(const Tensor& x, int64_t dims) {
+  std::array<int64_t, 64> strides;
+  int64_t stride = 1;
+  for (int64_t d = x.dim() - dims - 1; d >= 0; stride *= x.size(d--)) strides[d] = stride;
+  return strides;
 }
 
 }  // namespace fusedtricks

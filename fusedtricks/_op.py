@@ -121,7 +121,7 @@ class Op:
 def backend(name: str) -> Iterator[None]:
     """Force one back end for every fusedtricks call made inside the block, from any thread.
 
-    `name` is "reference", "cpu", "cuda" or "triton"; "cpu:default", "cpu:avx2" and "cpu:avx512" force one instruction
+    `name` is "reference", "cpu", "cuda" or "triton"; "cpu:baseline", "cpu:avx2" and "cpu:avx512" force one instruction
     set. An operator without that back end raises RuntimeError, as does an unknown name (ValueError). A backward that
     runs after the block uses the default again.
     """
@@ -176,3 +176,10 @@ def transforming() -> bool:
 def differentiating() -> bool:
     """True in a backward that must itself be differentiable (`create_graph=True`)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def wants_grad(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> bool:
+    """Will a backward through these inputs be recorded? If not, the autograd Function costs more than it is worth."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    )

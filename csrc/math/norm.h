@@ -13,13 +13,12 @@ template <>
 inline constexpr double kOverflowScale<double> = 0x1p-512;
 
 // x^ = ((x - mean) - rest) * rstd. `rest` is what the precision of `mean` rounds away; x - mean is exact near the mean,
-// so the error does not grow with it.
+// so the error does not grow with it. Spelled with rest * rstd, which is the same for a whole row.
 template <class A>
 struct Normalize {
   A mean, rest, rstd;
 
-  FT_HD A centre(A x) const { return (x - mean) - rest; }
-  FT_HD A operator()(A x) const { return centre(x) * rstd; }
+  FT_HD A operator()(A x) const { return (x - mean) * rstd - rest * rstd; }
 };
 
 // Variance from sums over d = x - mean, where mean is itself rounded: mean(d^2) - mean(d)^2.

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,19 +42,42 @@ def laid_out_like(value: Tensor, template: Tensor) -> Tensor:
     return value if value.stride() == out.stride() else out.copy_(value)
 
 
-def check(name: str, input: Tensor, shape: tuple[int, ...], **parameters: Tensor | None) -> int:
-    """Raise torch's error for input that torch refuses; return the number of normalised dimensions."""
+def check(
+    name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, bias: Tensor | None = None
+) -> int:
+    """Raise torch's error for input that torch refuses; return the number of normalised dimensions.
+
+    One expression decides, for this runs on every call; what was wrong is worked out only when something is.
+    """
+    try:
+        dims = len(shape)
+        fine = (
+            0 < dims <= input.ndim
+            and input.shape[-dims:] == shape
+            and input.dtype in FLOATS
+            and (weight is None or weight.shape == shape and weight.device == input.device and weight.dtype in FLOATS)
+            and (bias is None or bias.shape == shape and bias.device == input.device and bias.dtype in FLOATS)
+        )
+    except (AttributeError, TypeError):
+        fine = False
+    return dims if fine else _explain(name, input, shape, weight=weight, bias=bias)
+
+
+def _explain(name: str, input: Tensor, shape: tuple[int, ...], **parameters: Tensor | None) -> int:
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}")
-    if isinstance(shape, int):
-        raise TypeError(f"{name}(): argument 'normalized_shape' (position 2) must be tuple of ints, not int")
-    dims, shape = len(shape), tuple(shape)
+    try:
+        shape = tuple(shape)
+    except TypeError:
+        kind = type(shape).__name__
+        raise TypeError(f"{name}(): argument 'normalized_shape' (position 2) must be tuple of ints, not {kind}") from None
+    dims = len(shape)
     if dims == 0:
         raise RuntimeError(
-            f"{name}: expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, "
+            f"{name}: Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, "
             "but got normalized_shape = []"
         )
-    if input.shape[max(input.dim() - dims, 0) :] != shape:
+    if input.ndim < dims or input.shape[-dims:] != shape:
         expected = ", ".join(["*", *map(str, shape)])
         raise RuntimeError(
             f"{name}: Given normalized_shape={list(shape)}, expected input with shape [{expected}], "
@@ -66,6 +89,8 @@ def check(name: str, input: Tensor, shape: tuple[int, ...], **parameters: Tensor
     for label, parameter in parameters.items():
         if parameter is None:
             continue
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{name}(): argument '{label}' must be Tensor, not {type(parameter).__name__}")
         if parameter.shape != shape:
             raise RuntimeError(
                 f"{name}: Expected {label} to be of same shape as normalized_shape, but got {label} of shape "
@@ -77,8 +102,8 @@ def check(name: str, input: Tensor, shape: tuple[int, ...], **parameters: Tensor
                 f"and input on {input.device}"
             )
         if parameter.dtype not in FLOATS:
-            raise RuntimeError(f"{name}: expected {label} of a floating dtype, but got {parameter.dtype}")
-    return dims
+            raise RuntimeError(f"{name}: Expected {label} of a floating dtype, but got {parameter.dtype}")
+    return dims  # a list where a tuple was expected
 
 
 def autocast_fp32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming
+from fusedtricks._op import Op, differentiating, transforming, wants_grad
 from fusedtricks.ops import _norm
 
 # x (*, C...) with `dims` trailing dimensions normalised, R rows in logical order. y has the strides of empty_like(x).
@@ -126,10 +126,12 @@ def layer_norm(
         NotImplementedError: an integer or complex `input`.
         TypeError: arguments of the wrong kind.
     """
-    dims = _norm.check("layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    dims = _norm.check("layer_norm", input, normalized_shape, weight, bias)
     input, weight, bias = _norm.autocast_fp32(input, weight, bias)
     if transforming():
         return layer_norm_fwd.implementation("reference")(input, weight, bias, eps, dims)[0]
+    if not wants_grad(input, weight, bias):
+        return layer_norm_fwd(input, weight, bias, eps, dims)[0]
     return _LayerNorm.apply(input, weight, bias, eps, dims)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming
+from fusedtricks._op import Op, differentiating, transforming, wants_grad
 from fusedtricks.ops import _norm
 
 # x (*, C...) with `dims` trailing dimensions normalised, R rows in logical order. y has the strides of empty_like(x).
@@ -103,12 +103,14 @@ def rms_norm(
     """
     if isinstance(input, Tensor) and input.is_complex():
         return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
-    dims = _norm.check("rms_norm", input, normalized_shape, weight=weight)
+    dims = _norm.check("rms_norm", input, normalized_shape, weight)
     input, weight = _norm.autocast_fp32(input, weight)
     if eps is None:
         eps = torch.finfo(_norm.accumulate_dtype(input.dtype)).eps
     if transforming():
         return rms_norm_fwd.implementation("reference")(input, weight, eps, dims)[0]
+    if not wants_grad(input, weight):
+        return rms_norm_fwd(input, weight, eps, dims)[0]
     return _RMSNorm.apply(input, weight, eps, dims)
 
 

@@ -1,0 +1,413 @@
+// Layer and RMS normalization over rows, on the CPU: everything of layer_norm.cpp and rms_norm.cpp but the signatures.
+// Center is true for layer normalization.
+//
+// A row is read from memory once: the second and third pass over it find it in the caches. Bytes that must move, for n
+// elements of s bytes: forward 2ns, backward 3ns.
+#pragma once
+
+#include <unistd.h>
+
+#include <cmath>
+
+#include "math/norm.h"
+#include "parallel.h"
+#include "torch_api.h"
+#include "vec.h"
+
+namespace fusedtricks::FT_ISA {
+
+// Outputs are streamed past the caches when input and output do not fit them together.
+inline bool worth_streaming(int64_t bytes) {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), int64_t{8} << 20);
+#else
+  static const int64_t cache = int64_t{32} << 20;
+#endif
+  return bytes > cache;
+}
+
+// A parameter as accumulation-type values: the tensor's own memory where it has that type already.
+template <class A>
+struct Parameter {
+  const A* data = nullptr;
+  Tensor owner;
+
+  Parameter(const MaybeTensor& parameter, int64_t columns, A otherwise) {
+    constexpr auto type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    if (parameter) {
+      owner = parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
+      if (owner.scalar_type() != type) owner = torch::stable::to(owner, type);
+      data = static_cast<const A*>(owner.const_data_ptr());
+      return;
+    }
+    int64_t size[] = {columns};
+    owner = torch::stable::full({size, 1}, otherwise, type);
+    data = static_cast<const A*>(owner.const_data_ptr());
+  }
+};
+
+// ---- one row --------------------------------------------------------------------------------------------------------
+
+// Sums over d = scale (x - shift): d and d^2. Without Center, shift is 0.
+template <bool Center, class T, class A = Acc<T>>
+inline std::pair<A, A> moments(const T* x, int64_t columns, A shift, A scale) {
+  A sums[2];
+  reduce<A, 4>(columns, sums, [&](int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
+    auto d = load(x + j, lanes);
+    if constexpr (Center) d = keep<A>(d - shift, lanes);
+    d *= scale;
+    if constexpr (Center) s[0] += d;
+    s[1] += d * d;
+  });
+  return {sums[0], sums[1]};
+}
+
+// Mean and rstd from one pass over the row, shifted by the mean of its first elements. Where that is not within one
+// standard deviation of the mean, cancellation could cost digits, and the row is measured again from the mean found.
+template <bool Center, class T, class A = Acc<T>>
+inline Normalize<A> measure(const T* x, int64_t columns, A eps) {
+  const A inverse = A(1) / static_cast<A>(columns);
+  A shift = 0, scale = 1, unscale = 1;
+  if constexpr (Center) {
+    shift = columns < kLanes<A> ? sum_lanes<A>(load(x, Tail{static_cast<int>(columns)})) * inverse
+                                : sum_lanes<A>(load(x, Full{})) * (A(1) / kLanes<A>);
+  }
+  auto [d, d2] = moments<Center>(x, columns, shift, scale);
+  if (!(d2 <= std::numeric_limits<A>::max())) {
+    scale = kOverflowScale<A>;
+    unscale = 1 / scale;
+    std::tie(d, d2) = moments<Center>(x, columns, shift, scale);
+  }
+  if (Center && d * d * inverse > A(0.5) * d2) {
+    shift += d * inverse * unscale;
+    std::tie(d, d2) = moments<Center>(x, columns, shift, scale);
+  }
+  A rest = d * inverse;
+  const A rstd = scale / std::sqrt(variance(d2, rest, inverse) + eps * scale * scale);
+  rest *= unscale;
+  const A mean = shift + rest;
+  return {mean, (shift - mean) + rest, rstd};
+}
+
+// Wide rows are dealt with in blocks of four, which share each visit to weight, bias and the sums of dweight and dbias.
+// For narrow rows these stay in the first-level cache, and one row at a time keeps the streams few.
+inline constexpr int kMostRows = 4;
+inline int block_rows(int64_t columns) { return columns > 1024 ? kMostRows : 1; }
+
+// run.operator()<Stream, Count>() for a block of `count` rows, four or one, written past the caches or not.
+template <bool MayStream, class F>
+inline __attribute__((always_inline)) void with_block(bool stream, int count, const F& run) {
+  if (MayStream && stream) {
+    count == kMostRows ? run.template operator()<MayStream, kMostRows>() : run.template operator()<MayStream, 1>();
+  } else {
+    count == kMostRows ? run.template operator()<false, kMostRows>() : run.template operator()<false, 1>();
+  }
+}
+
+template <class T>
+inline bool aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % kVecBytes == 0;
+}
+
+template <bool Center, class A>
+inline __attribute__((always_inline)) Vec<A> normalized(const Normalize<Vec<A>>& n, Vec<A> x) {
+  if constexpr (Center) return n(x);
+  return x * n.rstd;
+}
+
+template <class A>
+inline Normalize<Vec<A>> spread(const Normalize<A>& n) {
+  return {broadcast(n.mean), broadcast(n.rest), broadcast(n.rstd)};
+}
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ForwardRow {
+  const T* x;
+  T* y;
+  Normalize<Acc<T>> n;
+};
+
+template <bool Center, bool Affine, bool Stream, int Count, class T, class A = Acc<T>>
+inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* bias, int64_t columns) {
+  const T* x[Count];
+  T* y[Count];
+  Normalize<Vec<A>> n[Count];
+  for (int i = 0; i < Count; ++i) x[i] = row[i].x, y[i] = row[i].y, n[i] = spread(row[i].n);
+  sweep<A, Count == 1 ? 4 : 1>(0, columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+    Vec<A> w, b;
+    if constexpr (Affine) w = load(weight + j, lanes);
+    if constexpr (Affine && Center) b = load(bias + j, lanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < Count; ++i) {
+      auto v = normalized<Center, A>(n[i], load(x[i] + j, lanes));
+      if constexpr (Affine) v *= w;
+      if constexpr (Affine && Center) v += b;
+      store<Stream>(y[i] + j, v, lanes);
+    }
+  });
+}
+
+// stats: (3, R) mean, rest, rstd with Center, else (R,) rstd.
+template <bool Center, bool Affine, class T, class A = Acc<T>>
+void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weight, const A* bias, int64_t columns,
+                  A eps) {
+  const int together = block_rows(columns);
+  const bool large = worth_streaming(2 * rows.count * columns * static_cast<int64_t>(sizeof(T)));
+  parallel(rows.count, columns, [&](int64_t begin, int64_t end) {
+    typename Rows<3>::Walk at(rows, begin);
+    for (int64_t left = end - begin; left > 0;) {
+      const int count = left >= together ? together : 1;
+      ForwardRow<T> block[kMostRows];
+      bool stream = large;
+      for (int i = 0; i < count; ++i) {
+        auto& row = block[i];
+        row = {x + at.offset[1], y + at.offset[0], {}};
+        row.n = measure<Center>(row.x, columns, eps);
+        stream = stream && aligned(row.y);
+        A* s = stats + at.offset[2];
+        if constexpr (Center) {
+          s[0] = row.n.mean;
+          s[rows.count] = row.n.rest;
+          s[2 * rows.count] = row.n.rstd;
+        } else {
+          s[0] = row.n.rstd;
+        }
+        if (--left > 0) at.next();
+      }
+      with_block<true>(stream, count, [&]<bool Stream, int Count>() {
+        normalize_rows<Center, Affine, Stream, Count>(block, weight, bias, columns);
+      });
+    }
+    if (large) stream_fence();
+  });
+}
+
+template <bool Center>
+std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const MaybeTensor& weight,
+                                   const MaybeTensor& bias, double eps, int64_t dims) {
+  const auto shape = check_rows(op, input, weight, bias, dims);
+  const auto x = unit_columns(input, dims) ? input : torch::stable::contiguous(input);
+  auto y = fusedtricks::empty_like(input);
+  auto stats = Center ? empty({3, shape.rows}, accumulate_dtype(x.scalar_type()), x)
+                      : empty({shape.rows}, accumulate_dtype(x.scalar_type()), x);
+  if (shape.rows == 0 || shape.columns == 0) return {y, stats};
+  // A layout whose columns are strided is computed in a plain tensor and copied.
+  auto out = unit_columns(y, dims) ? y : fusedtricks::empty_like(x);
+  const auto leading = row_major(input, dims);
+  const auto rows =
+      collapse_rows<3>(x.dim() - dims, x.sizes().data(), {out.strides().data(), x.strides().data(), leading.data()});
+  dispatch(op, x.scalar_type(), [&]<class T>() {
+    using A = Acc<T>;
+    auto run = [&]<bool Affine>(const A* w, const A* b) {
+      forward_rows<Center, Affine>(rows, static_cast<const T*>(x.const_data_ptr()),
+                                   static_cast<T*>(out.mutable_data_ptr()),
+                                   static_cast<A*>(stats.mutable_data_ptr()), w, b, shape.columns,
+                                   static_cast<A>(eps));
+    };
+    if (weight || bias) {
+      const Parameter<A> w(weight, shape.columns, A(1));
+      if constexpr (Center) {
+        const Parameter<A> b(bias, shape.columns, A(0));
+        run.template operator()<true>(w.data, b.data);
+      } else {
+        run.template operator()<true>(w.data, nullptr);
+      }
+    } else {
+      run.template operator()<false>(nullptr, nullptr);
+    }
+  });
+  if (out.get() != y.get()) torch::stable::copy_(y, out);
+  return {y, stats};
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct BackwardRow {
+  const T* dy;
+  const T* x;
+  T* dx;
+  Normalize<Acc<T>> n;
+  Acc<T> mean_g, mean_gx;
+};
+
+// mean(g) and mean(g x^) of each row, with g = dy * weight.
+template <bool Center, int Count, class T, class A = Acc<T>>
+inline void project_rows(BackwardRow<T>* row, const A* weight, int64_t columns) {
+  const T *dy[Count], *x[Count];
+  Normalize<Vec<A>> n[Count];
+  for (int i = 0; i < Count; ++i) dy[i] = row[i].dy, x[i] = row[i].x, n[i] = spread(row[i].n);
+  A sums[2 * Count];
+  reduce<A, Count == 1 ? 4 : 1>(columns, sums, [&](int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
+    const Vec<A> w = weight ? load(weight + j, lanes) : broadcast(A(1));
+#pragma GCC unroll 4
+    for (int i = 0; i < Count; ++i) {
+      // Beyond the tail g is 0, whatever x^ is there.
+      const auto g = load(dy[i] + j, lanes) * w;
+      if constexpr (Center) s[2 * i] += g;
+      s[2 * i + 1] += g * normalized<Center, A>(n[i], load(x[i] + j, lanes));
+    }
+  });
+  const A inverse = A(1) / static_cast<A>(columns);
+  for (int i = 0; i < Count; ++i) {
+    row[i].mean_g = sums[2 * i] * inverse;
+    row[i].mean_gx = sums[2 * i + 1] * inverse;
+  }
+}
+
+// dx of the rows, and their part of dweight and dbias in one visit to the sums.
+template <bool Center, bool Dx, bool Parameters, bool Stream, int Count, class T, class A = Acc<T>>
+inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight, A* dbias, int64_t columns) {
+  const T *dy[Count], *x[Count];
+  T* dx[Count];
+  Normalize<Vec<A>> n[Count];
+  Vec<A> mean_g[Count], mean_gx[Count];
+  for (int i = 0; i < Count; ++i) {
+    dy[i] = row[i].dy, x[i] = row[i].x, dx[i] = row[i].dx, n[i] = spread(row[i].n);
+    mean_g[i] = broadcast(row[i].mean_g), mean_gx[i] = broadcast(row[i].mean_gx);
+  }
+  sweep<A, Count == 1 ? 4 : 1>(0, columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+    Vec<A> dw{}, db{};
+    const Vec<A> w = Dx && weight ? load(weight + j, lanes) : broadcast(A(1));
+#pragma GCC unroll 4
+    for (int i = 0; i < Count; ++i) {
+      const auto grad = load(dy[i] + j, lanes);
+      const auto xhat = normalized<Center, A>(n[i], load(x[i] + j, lanes));
+      if constexpr (Parameters) {
+        dw += grad * xhat;
+        if constexpr (Center) db += grad;
+      }
+      if constexpr (Dx) {
+        store<Stream>(dx[i] + j, norm_backward<Vec<A>>(grad * w, xhat, n[i].rstd, mean_g[i], mean_gx[i]), lanes);
+      }
+    }
+    if constexpr (Parameters) {
+      store(dweight + j, load(dweight + j, lanes) + dw, lanes);
+      if constexpr (Center) store(dbias + j, load(dbias + j, lanes) + db, lanes);
+    }
+  });
+}
+
+// Rows are dealt with in chunks whose number depends on the shape alone, each with its own partial dweight and dbias;
+// the partials are added in order. The result is therefore the same for any number of threads.
+struct Chunks {
+  static constexpr int64_t kMost = 128, kFewestRows = 16;
+  int64_t rows_each, count;
+
+  explicit Chunks(int64_t rows)
+      : rows_each(std::max((rows + kMost - 1) / kMost, std::min(rows, kFewestRows))),
+        count((rows + rows_each - 1) / rows_each) {}
+};
+
+template <bool Center, bool Dx, bool Parameters, class T, class A = Acc<T>>
+void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const A* stats, const A* weight, A* partials,
+                   int64_t columns) {
+  const Chunks chunks(rows.count);
+  const int64_t width = Center ? 2 * columns : columns;
+  const int together = block_rows(columns);
+  const bool large = Dx && worth_streaming(3 * rows.count * columns * static_cast<int64_t>(sizeof(T)));
+  parallel(chunks.count, chunks.rows_each * columns, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      A* dweight = Parameters ? partials + c * width : nullptr;
+      A* dbias = Parameters && Center ? dweight + columns : nullptr;
+      if (Parameters) std::memset(dweight, 0, static_cast<size_t>(width) * sizeof(A));
+      const int64_t first = c * chunks.rows_each;
+      typename Rows<4>::Walk at(rows, first);
+      for (int64_t left = std::min(rows.count - first, chunks.rows_each); left > 0;) {
+        const int count = left >= together ? together : 1;
+        BackwardRow<T> block[kMostRows];
+        bool stream = large;
+        for (int i = 0; i < count; ++i) {
+          const A* s = stats + at.offset[3];
+          const auto n = Center ? Normalize<A>{s[0], s[rows.count], s[2 * rows.count]} : Normalize<A>{0, 0, s[0]};
+          block[i] = {dy + at.offset[2], x + at.offset[1], Dx ? dx + at.offset[0] : nullptr, n, 0, 0};
+          stream = stream && aligned(block[i].dx);
+          if (--left > 0) at.next();
+        }
+        with_block<Dx>(stream, count, [&]<bool Stream, int Count>() {
+          if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
+          backward_rows<Center, Dx, Parameters, Stream, Count>(block, weight, dweight, dbias, columns);
+        });
+      }
+    }
+    if (large) stream_fence();
+  });
+}
+
+// Column sums of the partials (chunks, width), from column `first`, into `out` of P.
+template <class P, class A>
+void add_partials(const A* partials, int64_t chunks, int64_t width, int64_t first, int64_t columns, P* out) {
+  // Blocks of columns, so that the partials of one block stay near.
+  constexpr int64_t kBlock = 1024;
+  parallel((columns + kBlock - 1) / kBlock, chunks * kBlock, [&](int64_t begin, int64_t end) {
+    sweep<A>(begin * kBlock, std::min(columns, end * kBlock), [&](int64_t j, auto lanes, int) {
+      Vec<A> sum{};
+      for (int64_t c = 0; c < chunks; ++c) sum += load(partials + c * width + first + j, lanes);
+      if constexpr (std::is_same_v<Acc<P>, A>) {
+        store(out + j, sum, lanes);
+      } else {
+        for (int64_t i = j; i < std::min<int64_t>(j + kLanes<A>, columns); ++i) out[i] = rounded_to<P>(sum[i - j]);
+      }
+    });
+  });
+}
+
+template <bool Center>
+std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, const Tensor& input,
+                                            const MaybeTensor& weight, const Tensor& stats, int64_t dims, bool need_dx,
+                                            bool need_dweight, bool need_dbias) {
+  const auto shape = check_rows(op, input, weight, std::nullopt, dims);
+  check_gradient(op, grad, input, stats, (Center ? 3 : 1) * shape.rows);
+  const auto x = unit_columns(input, dims) ? input : torch::stable::contiguous(input);
+  const auto dy = with_unit_columns(grad, dims);
+  const auto parameter_dtype = weight ? weight->scalar_type() : stats.scalar_type();
+  auto parameter = [&](bool need) {
+    const auto sizes = x.sizes();
+    return need ? empty(Sizes(sizes.data() + x.dim() - dims, dims), parameter_dtype, x) : empty({0}, parameter_dtype, x);
+  };
+  auto dx = need_dx ? fusedtricks::empty_like(input) : empty({0}, x.scalar_type(), x);
+  auto dweight = parameter(need_dweight), dbias = parameter(need_dbias);
+  if (shape.rows == 0 || shape.columns == 0) {
+    torch::stable::zero_(dweight);
+    torch::stable::zero_(dbias);
+    return {dx, dweight, dbias};
+  }
+  auto out = !need_dx || unit_columns(dx, dims) ? dx : fusedtricks::empty_like(x);
+  const auto leading = row_major(input, dims);
+  const auto* out_strides = need_dx ? out.strides().data() : x.strides().data();
+  const auto rows = collapse_rows<4>(x.dim() - dims, x.sizes().data(),
+                                     {out_strides, x.strides().data(), dy.strides().data(), leading.data()});
+  dispatch(op, x.scalar_type(), [&]<class T>() {
+    using A = Acc<T>;
+    std::optional<Parameter<A>> w;
+    if (weight && need_dx) w.emplace(weight, shape.columns, A(1));
+    Tensor partials;
+    const int64_t chunks = Chunks(shape.rows).count, width = Center ? 2 * shape.columns : shape.columns;
+    const bool parameters = need_dweight || need_dbias;
+    if (parameters) partials = empty({chunks, width}, stats.scalar_type(), x);
+    auto* sums = parameters ? static_cast<A*>(partials.mutable_data_ptr()) : nullptr;
+    auto run = [&]<bool Dx, bool Parameters>() {
+      backward_chunks<Center, Dx, Parameters>(
+          rows, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
+          static_cast<T*>(out.mutable_data_ptr()), static_cast<const A*>(stats.const_data_ptr()),
+          w ? w->data : nullptr, sums, shape.columns);
+    };
+    if (need_dx && parameters) run.template operator()<true, true>();
+    if (need_dx && !parameters) run.template operator()<true, false>();
+    if (!need_dx && parameters) run.template operator()<false, true>();
+    if (!parameters) return;
+    dispatch(op, parameter_dtype, [&]<class P>() {
+      auto finish = [&](bool need, Tensor& to, int64_t first) {
+        if (need) add_partials(sums, chunks, width, first, shape.columns, static_cast<P*>(to.mutable_data_ptr()));
+      };
+      finish(need_dweight, dweight, 0);
+      finish(need_dbias, dbias, shape.columns);
+    });
+  });
+  if (need_dx && out.get() != dx.get()) torch::stable::copy_(dx, out);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace fusedtricks::FT_ISA

@@ -1,0 +1,298 @@
+// One SIMD register of the instruction set this file is compiled for. Vec<float> and Vec<double> are GCC/Clang vector
+// types, so the formulas of csrc/math work on them as on a scalar; 16-bit types exist in memory only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// FT_ISA (baseline, avx2 or avx512) names the namespace of everything compiled once per instruction set.
+namespace fusedtricks::FT_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVecBytes = 32;
+#else
+inline constexpr int kVecBytes = 16;
+#endif
+
+template <class A, int Bytes = kVecBytes>
+struct VecOf {
+  typedef A type __attribute__((vector_size(Bytes)));
+};
+template <class A, int Bytes = kVecBytes>
+using Vec = typename VecOf<A, Bytes>::type;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+// bfloat16 on a CPU that rounds to it in one instruction (which turns subnormal results, below 1.2e-38, into zeros).
+struct bf16_rounded_in_hardware : bf16 {};
+
+inline bool rounds_bf16_in_hardware() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// Arithmetic is fp32, and fp64 for fp64.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class A>
+inline constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(A));
+
+// How many lanes of a register a step covers: all, or the first n at the end of a row.
+struct Full {};
+struct Tail {
+  int n;
+};
+
+template <class A>
+inline Vec<A> broadcast(A a) {
+  return Vec<A>{} + a;
+}
+
+// Lanes beyond the tail become zero.
+template <class A>
+inline Vec<A> keep(Vec<A> v, Full) {
+  return v;
+}
+template <class A>
+inline Vec<A> keep(Vec<A> v, Tail t) {
+  using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  Vec<Int> lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < static_cast<Int>(t.n) ? v : Vec<A>{};
+}
+
+// Sum of the lanes, always in the same order.
+template <class A, int Bytes = kVecBytes>
+inline A sum_lanes(Vec<A, Bytes> v) {
+  if constexpr (Bytes > static_cast<int>(2 * sizeof(A))) {
+    Vec<A, Bytes / 2> half[2];
+    std::memcpy(half, &v, sizeof v);
+    return sum_lanes<A, Bytes / 2>(half[0] + half[1]);
+  } else {
+    return v[0] + v[1];
+  }
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+// 16-bit values travel in a register of half the width.
+using Packed = Vec<uint16_t, kVecBytes / 2>;
+
+inline Vec<uint32_t> extend(Packed p) {
+#if defined(__AVX512F__)
+  return (Vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)p);
+#elif defined(__AVX2__)
+  return (Vec<uint32_t>)_mm256_cvtepu16_epi32((__m128i)p);
+#else
+  return __builtin_convertvector(p, Vec<uint32_t>);
+#endif
+}
+
+inline Packed truncate(Vec<uint32_t> v) {
+#if defined(__AVX512F__)
+  return (Packed)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, Packed);
+#endif
+}
+
+inline Vec<float> widen(Packed p, bf16) { return (Vec<float>)(extend(p) << 16); }
+
+// Round to nearest even; NaN stays NaN.
+inline Packed narrow(Vec<float> v, bf16) {
+  auto bits = (Vec<uint32_t>)v;
+  auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return truncate(v == v ? rounded : Vec<uint32_t>{} + 0x7fc0u);
+}
+
+#if defined(__AVX512F__)
+inline Packed narrow(Vec<float> v, bf16_rounded_in_hardware) {
+  Packed p;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(p) : "v"(v));  // needs no compiler flag, which would reach the rest of the file
+  return p;
+}
+#endif
+
+inline Vec<float> widen(Packed p, fp16) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)p);
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)p);
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    _Float16 h;
+    const uint16_t bits = p[i];
+    std::memcpy(&h, &bits, 2);
+    v[i] = static_cast<float>(h);
+  }
+  return v;
+#endif
+}
+
+inline Packed narrow(Vec<float> v, fp16) {
+#if defined(__AVX512F__)
+  return (Packed)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (Packed)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  Packed p;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    const auto h = static_cast<_Float16>(v[i]);
+    uint16_t bits;
+    std::memcpy(&bits, &h, 2);
+    p[i] = bits;
+  }
+  return p;
+#endif
+}
+
+// One value in the storage type T.
+template <class T, class A>
+inline T rounded_to(A a) {
+  if constexpr (sizeof(T) == 2) {
+    T t;
+    t.bits = narrow(broadcast(static_cast<float>(a)), T{})[0];
+    return t;
+  } else {
+    return static_cast<T>(a);
+  }
+}
+
+template <class R>
+inline R load_bytes(const void* p) {
+  R r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+}
+
+template <class T>
+inline Vec<Acc<T>> load(const T* p, Full) {
+  if constexpr (sizeof(T) == 2) {
+    return widen(load_bytes<Packed>(p), T{});
+  } else {
+    return load_bytes<Vec<T>>(p);
+  }
+}
+
+template <class T>
+inline Vec<Acc<T>> load(const T* p, Tail t) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (1u << t.n) - 1;
+  if constexpr (sizeof(T) == 2) return widen((Packed)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p), T{});
+  if constexpr (sizeof(T) == 4) return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  if constexpr (sizeof(T) == 8) return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+#else
+  T buffer[kLanes<Acc<T>>] = {};
+  for (int i = 0; i < t.n; ++i) buffer[i] = p[i];
+  return load(buffer, Full{});
+#endif
+}
+
+// Write past the caches: for outputs too large to stay in them. `p` must be aligned to the bytes written.
+template <class R>
+inline void stream_bytes(void* p, R r) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(R) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)r);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(R) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)r);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(R) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)r);
+#endif
+  std::memcpy(p, &r, sizeof r);
+}
+
+template <bool Stream = false, class T>
+inline void store(T* p, Vec<Acc<T>> v, Full) {
+  auto put = [p](auto r) {
+    if constexpr (Stream) {
+      stream_bytes(p, r);
+    } else {
+      std::memcpy(p, &r, sizeof r);
+    }
+  };
+  if constexpr (sizeof(T) == 2) {
+    put(narrow(v, T{}));
+  } else {
+    put(v);
+  }
+}
+
+template <bool Stream = false, class T>
+inline void store(T* p, Vec<Acc<T>> v, Tail t) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (1u << t.n) - 1;
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), (__m256i)narrow(v, T{}));
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), (__m512)v);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
+#else
+  T buffer[kLanes<Acc<T>>];
+  store(buffer, v, Full{});
+  for (int i = 0; i < t.n; ++i) p[i] = buffer[i];
+#endif
+}
+
+// Streamed stores become visible to other threads only after this.
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// ---- loops ----------------------------------------------------------------------------------------------------------
+
+// f(j, lanes, k) over columns j = begin .. end in steps of one register. k in 0..Unroll-1 names one of several
+// independent accumulators, which hide the latency of the additions.
+template <class A, int Unroll = 4, class F>
+inline __attribute__((always_inline)) void sweep(int64_t begin, int64_t end, F&& f) {
+  constexpr int L = kLanes<A>;
+  int64_t j = begin;
+  for (; j + Unroll * L <= end; j += Unroll * L) {
+    f(j, Full{}, 0);
+    if constexpr (Unroll > 1) f(j + L, Full{}, 1);
+    if constexpr (Unroll > 2) f(j + 2 * L, Full{}, 2), f(j + 3 * L, Full{}, 3);
+  }
+  if constexpr (Unroll > 1) {
+    for (; j + L <= end; j += L) f(j, Full{}, 0);
+  }
+  if (j < end) f(j, Tail{static_cast<int>(end - j)}, 0);
+}
+
+// N sums over columns at once: f(j, lanes, terms) adds to terms[0..N-1]. Blocks are summed separately first, so the
+// rounding error of a row of a million columns stays that of a few hundred additions.
+template <class A, int Unroll, int N, class F>
+inline __attribute__((always_inline)) void reduce(int64_t columns, A (&sums)[N], F&& f) {
+  static_assert(Unroll == 1 || Unroll == 2 || Unroll == 4);
+  constexpr int64_t kBlock = 256 * kLanes<A>;
+  Vec<A> total[N] = {};
+  for (int64_t begin = 0; begin < columns; begin += kBlock) {
+    Vec<A> part[Unroll][N] = {};
+    const int64_t end = columns - begin < kBlock ? columns : begin + kBlock;
+    sweep<A, Unroll>(begin, end,
+                     [&](int64_t j, auto lanes, int k) __attribute__((always_inline)) { f(j, lanes, part[k]); });
+    for (int n = 0; n < N; ++n) {
+      if constexpr (Unroll == 1) total[n] += part[0][n];
+      if constexpr (Unroll == 2) total[n] += part[0][n] + part[1][n];
+      if constexpr (Unroll == 4) total[n] += (part[0][n] + part[1][n]) + (part[2][n] + part[3][n]);
+    }
+  }
+  for (int n = 0; n < N; ++n) sums[n] = sum_lanes<A>(total[n]);
+}
+
+}  // namespace fusedtricks::FT_ISA
