@@ -1,7 +1,7 @@
 """Build of fusedtricks: one extension, `fusedtricks._C`, from every source under csrc/.
 
-CUDA sources are built when nvcc is found; FUSEDTRICKS_CUDA=0 or 1 overrides (1 fails without nvcc). TORCH_CUDA_ARCH_LIST
-narrows the targets. Without a C++ compiler the package installs without the extension and says so.
+CUDA sources are built when nvcc is found; FUSEDTRICKS_CUDA=0 or 1 overrides (1 fails without nvcc). The targets are
+those of TORCH_CUDA_ARCH_LIST. Without a C++ compiler the package installs without the extension and says so.
 """
 
 import os
@@ -73,7 +73,7 @@ def nvcc_targets() -> tuple[str, list[str]]:
 
 
 def ninja_file(cxx: str, output: Path, build: Path) -> str:
-    """The whole build as a ninja file: baseline, AVX2 and AVX-512 objects of each CPU kernel, CUDA objects, one link."""
+    """The whole build: each CPU kernel for every instruction set, CUDA objects, one link."""
     import pybind11
     import torch
 
@@ -81,7 +81,7 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
     cuda = cuda_home()
     archs, targets = nvcc_targets() if cuda else ("", [])
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    includes = [f"-I{CSRC}", *(f"-isystem {p}" for p in (torch_dir / "include",))]
+    includes = [f"-I{CSRC}", f"-isystem {torch_dir / 'include'}"]
     python = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_paths()['include']}"]
     # Neither flag changes a result: errno and floating-point traps are never looked at.
     common = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
@@ -95,12 +95,15 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
         link += [f"-L{cuda}/lib64", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     link += shlex.split(os.environ.get("LDFLAGS", ""))
     info = f"""'-DFT_CUDA_ARCHS="{archs}"'"""
+    nvccflags = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", *defines, *includes, *targets]
+    deps = "-MF $out.d"
     lines = [
         "ninja_required_version = 1.3",
         f"cxxflags = {' '.join([*common, *defines, *includes, *extra])}",
-        f"nvccflags = {' '.join(['-O3', '-std=c++20', '-Xcompiler -fPIC,-fvisibility=hidden', *defines, *includes, *targets])}",
-        f"rule cxx\n  command = {cxx} -MMD -MF $out.d $cxxflags $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule nvcc\n  command = {cuda}/bin/nvcc -MD -MF $out.d $nvccflags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"nvccflags = {' '.join(nvccflags)}",
+        f"rule cxx\n  command = {cxx} -MMD {deps} $cxxflags $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule nvcc\n  command = {cuda}/bin/nvcc -MD {deps} $nvccflags -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {cxx} $in -o $out {' '.join(link)}",
     ]
     # ninja reads '$' and ':' and ' ' specially in paths.

@@ -1,5 +1,5 @@
-// The only header that includes torch, and only its stable ABI: tensors, allocation, checks, dtype switch, rows, and the
-// list in which every kernel file enters its operators.
+// The only header that includes torch, and only its stable ABI: tensors, allocation, checks, dtype switch, rows, and
+// the list in which every kernel file enters its operators.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -100,8 +100,7 @@ inline Tensor with_unit_columns(const Tensor& t, int64_t dims) {
   std::array<int64_t, 64> strides{};
   for (int64_t d = 0; d < t.dim(); ++d) strides[d] = one.size(d) == t.size(d) ? one.stride(d) : 0;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_as_strided(one.get(), t.sizes().data(), strides.data(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(one.get(), t.sizes().data(), strides.data(), &handle));
   return Tensor(handle);
 }
 
@@ -170,7 +169,8 @@ Rows<K> collapse_rows(int64_t n, const int64_t* sizes, const std::array<const in
   return rows;
 }
 
-// ---- normalization over rows: what every launcher checks ----------------------------------------------------------------
+// ---- normalization over rows: what every launcher checks
+// ----------------------------------------------------------------
 
 struct RowShape {
   int64_t rows, columns;
@@ -198,13 +198,14 @@ inline RowShape check_rows(const char* op, const Tensor& x, const MaybeTensor& w
   return shape;
 }
 
-inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x, const Tensor& stats, int64_t stats_numel) {
+inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x, const Tensor& stats,
+                           int64_t stats_numel) {
   bool same = dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type() && dy.is_cuda() == x.is_cuda();
   for (int64_t d = 0; same && d < x.dim(); ++d) same = dy.size(d) == x.size(d);
   STD_TORCH_CHECK(same, op, ": the gradient must have the shape, dtype and device of the input");
-  STD_TORCH_CHECK(stats.numel() == stats_numel && stats.is_contiguous() &&
-                      stats.scalar_type() == accumulate_dtype(x.scalar_type()),
-                  op, ": the statistics must be those that the forward returned");
+  STD_TORCH_CHECK(
+      stats.numel() == stats_numel && stats.is_contiguous() && stats.scalar_type() == accumulate_dtype(x.scalar_type()),
+      op, ": the statistics must be those that the forward returned");
 }
 
 // Strides of the leading dimensions of a plain tensor of one element per row.

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ def _library(namespace: str) -> torch.library.Library:
 
 
 def _compiled(name: str) -> dict[str, int]:
-    """Compiled kernels of one operator that this machine can run: {"cpu:avx512": index, ..., "cuda": index}, best last."""
+    """Compiled kernels of one operator that run on this machine: {"cpu:avx2": index, ..., "cuda": index}, best last."""
     return {} if _C is None else {k.backend: i for i, k in enumerate(_C.kernels()) if k.op == name and k.runs_here}
 
 
@@ -44,7 +44,7 @@ class Op:
     "triton" or "cuda"; `why` says on what ground, naming a file under bench/results/ once one has decided it.
     """
 
-    registry: dict[str, Op] = {}
+    registry: ClassVar[dict[str, Op]] = {}
 
     def __init__(self, schema: str, *, stem: str, cuda: str = "triton", why: str = "default until measured"):
         self.name = schema.split("(", 1)[0]
@@ -150,7 +150,9 @@ def table() -> list[Row]:
         if not op.cpu:
             reasons.append("no compiled kernels in this build" if _C is None else "no CPU kernel for this operator")
         if op.cuda != op.prefer:
-            missing = "triton is not installed" if op.prefer == "triton" and not _HAS_TRITON else f"{op.prefer} not built"
+            missing = (
+                "triton is not installed" if op.prefer == "triton" and not _HAS_TRITON else f"{op.prefer} not built"
+            )
             reasons.append(f"cuda: {missing}")
         else:
             reasons.append(f"cuda: {op.why}")

@@ -26,15 +26,19 @@ void parallel(int64_t count, int64_t cost, const F& f) {
 template <class F>
 void dispatch(const char* op, ScalarType dtype, const F& f) {
   switch (dtype) {
-    case ScalarType::Float: return f.template operator()<float>();
-    case ScalarType::Double: return f.template operator()<double>();
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
     case ScalarType::BFloat16:
 #if defined(__AVX512F__)
       if (rounds_bf16_in_hardware()) return f.template operator()<bf16_rounded_in_hardware>();
 #endif
       return f.template operator()<bf16>();
-    case ScalarType::Half: return f.template operator()<fp16>();
-    default: check_floating(op, "input", dtype);
+    case ScalarType::Half:
+      return f.template operator()<fp16>();
+    default:
+      check_floating(op, "input", dtype);
   }
 }
 

@@ -202,9 +202,8 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const Ma
     using A = Acc<T>;
     auto run = [&]<bool Affine>(const A* w, const A* b) {
       forward_rows<Center, Affine>(rows, static_cast<const T*>(x.const_data_ptr()),
-                                   static_cast<T*>(out.mutable_data_ptr()),
-                                   static_cast<A*>(stats.mutable_data_ptr()), w, b, shape.columns,
-                                   static_cast<A>(eps));
+                                   static_cast<T*>(out.mutable_data_ptr()), static_cast<A*>(stats.mutable_data_ptr()),
+                                   w, b, shape.columns, static_cast<A>(eps));
     };
     if (weight || bias) {
       const Parameter<A> w(weight, shape.columns, A(1));
@@ -303,7 +302,7 @@ struct Chunks {
 
 template <bool Center, bool Dx, bool Parameters, class T, class A = Acc<T>>
 void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const A* stats, const A* weight, A* partials,
-                   int64_t columns) {
+                     int64_t columns) {
   const Chunks chunks(rows.count);
   const int64_t width = Center ? 2 * columns : columns;
   const int together = block_rows(columns);
@@ -365,7 +364,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, 
   const auto parameter_dtype = weight ? weight->scalar_type() : stats.scalar_type();
   auto parameter = [&](bool need) {
     const auto sizes = x.sizes();
-    return need ? empty(Sizes(sizes.data() + x.dim() - dims, dims), parameter_dtype, x) : empty({0}, parameter_dtype, x);
+    return need ? empty(Sizes(sizes.data() + x.dim() - dims, dims), parameter_dtype, x)
+                : empty({0}, parameter_dtype, x);
   };
   auto dx = need_dx ? fusedtricks::empty_like(input) : empty({0}, x.scalar_type(), x);
   auto dweight = parameter(need_dweight), dbias = parameter(need_dbias);
@@ -391,8 +391,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, 
     auto run = [&]<bool Dx, bool Parameters>() {
       backward_chunks<Center, Dx, Parameters>(
           rows, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
-          static_cast<T*>(out.mutable_data_ptr()), static_cast<const A*>(stats.const_data_ptr()),
-          w ? w->data : nullptr, sums, shape.columns);
+          static_cast<T*>(out.mutable_data_ptr()), static_cast<const A*>(stats.const_data_ptr()), w ? w->data : nullptr,
+          sums, shape.columns);
     };
     if (need_dx && parameters) run.template operator()<true, true>();
     if (need_dx && !parameters) run.template operator()<true, false>();

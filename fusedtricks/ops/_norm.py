@@ -23,6 +23,12 @@ def row_count(x: Tensor, dims: int) -> int:
     return math.prod(x.shape[: x.dim() - dims])
 
 
+def sum_rows(value: Tensor, dims: int) -> Tensor:
+    """Sum over the leading dimensions (of which there may be none: torch reads an empty tuple as all)."""
+    rows = tuple(range(value.dim() - dims))
+    return value.sum(rows) if rows else value
+
+
 def rstd_of(centred: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     """1 / sqrt(mean(centred^2) + eps), finite for rows whose squares overflow.
 
@@ -37,7 +43,7 @@ def rstd_of(centred: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
 
 
 def laid_out_like(value: Tensor, template: Tensor) -> Tensor:
-    """`value` with the strides of `torch.empty_like(template)`: those of a dense `template`, so memory formats are kept."""
+    """`value` with the strides of `torch.empty_like(template)`: those of a dense one, so memory formats are kept."""
     out = torch.empty_like(template, dtype=value.dtype)
     return value if value.stride() == out.stride() else out.copy_(value)
 
@@ -54,9 +60,10 @@ def check(
         fine = (
             0 < dims <= input.ndim
             and input.shape[-dims:] == shape
+            and not isinstance(shape[-1], float)
             and input.dtype in FLOATS
-            and (weight is None or weight.shape == shape and weight.device == input.device and weight.dtype in FLOATS)
-            and (bias is None or bias.shape == shape and bias.device == input.device and bias.dtype in FLOATS)
+            and (weight is None or (weight.shape == shape and weight.device == input.device and weight.dtype in FLOATS))
+            and (bias is None or (bias.shape == shape and bias.device == input.device and bias.dtype in FLOATS))
         )
     except (AttributeError, TypeError):
         fine = False
@@ -70,22 +77,30 @@ def _explain(name: str, input: Tensor, shape: tuple[int, ...], **parameters: Ten
         shape = tuple(shape)
     except TypeError:
         kind = type(shape).__name__
-        raise TypeError(f"{name}(): argument 'normalized_shape' (position 2) must be tuple of ints, not {kind}") from None
+        raise TypeError(
+            f"{name}(): argument 'normalized_shape' (position 2) must be tuple of ints, not {kind}"
+        ) from None
     dims = len(shape)
     if dims == 0:
         raise RuntimeError(
             f"{name}: Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, "
             "but got normalized_shape = []"
         )
+    if any(isinstance(size, float) for size in shape):
+        raise TypeError(f"{name}(): argument 'normalized_shape' must be tuple of ints, but got {shape}")
     if input.ndim < dims or input.shape[-dims:] != shape:
         expected = ", ".join(["*", *map(str, shape)])
-        raise RuntimeError(
+        # torch's own type, which differs for an input of too few dimensions.
+        error = ValueError if input.ndim < dims and name == "rms_norm" else RuntimeError
+        raise error(
             f"{name}: Given normalized_shape={list(shape)}, expected input with shape [{expected}], "
             f"but got input of size{list(input.shape)}"
         )
     if input.dtype not in FLOATS:
         kind = str(input.dtype).removeprefix("torch.")
-        raise NotImplementedError(f'"{name}" not implemented for {kind}; expected float32, bfloat16, float16 or float64')
+        raise NotImplementedError(
+            f'"{name}" not implemented for {kind}; expected float32, bfloat16, float16 or float64'
+        )
     for label, parameter in parameters.items():
         if parameter is None:
             continue

@@ -66,18 +66,20 @@ def _(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With g = dy * weight:  dx = rstd (g - mean(g) - x^ mean(g x^)),  dweight = sum_rows(dy x^),  dbias = sum_rows(dy)."""
-    axes, rows = _norm.trailing(dims), tuple(range(x.dim() - dims))
+    """With g = dy * weight: dx = rstd (g - mean(g) - x^ mean(g x^)); dweight = sum(dy x^), dbias = sum(dy)."""
+    axes = _norm.trailing(dims)
     xhat, rstd = normalized(x, stats, dims)
     dy = dy.to(stats.dtype)
-    none, dtype = stats.new_empty(0), stats.dtype if weight is None else weight.dtype
-    dx = none.to(x.dtype)
+    dtype = stats.dtype if weight is None else weight.dtype
+    dx, dweight, dbias = (x.new_empty(0, dtype=d) for d in (x.dtype, dtype, dtype))
     if need_dx:
         g = dy if weight is None else dy * weight
         dx = rstd * (g - g.mean(axes, keepdim=True) - xhat * (g * xhat).mean(axes, keepdim=True))
         dx = _norm.laid_out_like(dx.to(x.dtype), x)
-    dweight = (dy * xhat).sum(rows).to(dtype) if need_dweight else none.to(dtype)
-    dbias = dy.sum(rows).to(dtype) if need_dbias else none.to(dtype)
+    if need_dweight:
+        dweight = _norm.sum_rows(dy * xhat, dims).to(dtype)
+    if need_dbias:
+        dbias = _norm.sum_rows(dy, dims).to(dtype)
     return dx, dweight, dbias
 
 
@@ -128,6 +130,9 @@ def layer_norm(
     """
     dims = _norm.check("layer_norm", input, normalized_shape, weight, bias)
     input, weight, bias = _norm.autocast_fp32(input, weight, bias)
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        # Kernels write both gradients in one dtype; the casts' own backward rounds each to its parameter's.
+        weight, bias = (p.to(_norm.accumulate_dtype(input.dtype)) for p in (weight, bias))
     if transforming():
         return layer_norm_fwd.implementation("reference")(input, weight, bias, eps, dims)[0]
     if not wants_grad(input, weight, bias):

@@ -49,16 +49,18 @@ def _(
     dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dims: int, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
     """With g = dy * weight:  dx = rstd (g - x^ mean(g x^)),  dweight = sum_rows(dy x^)."""
-    axes, rows = _norm.trailing(dims), tuple(range(x.dim() - dims))
+    axes = _norm.trailing(dims)
     xhat, rstd = normalized(x, rstd, dims)
     dy = dy.to(rstd.dtype)
-    none, dtype = rstd.new_empty(0), rstd.dtype if weight is None else weight.dtype
-    dx = none.to(x.dtype)
+    dtype = rstd.dtype if weight is None else weight.dtype
+    dx, dweight = (x.new_empty(0, dtype=d) for d in (x.dtype, dtype))
     if need_dx:
         g = dy if weight is None else dy * weight
         dx = rstd * (g - xhat * (g * xhat).mean(axes, keepdim=True))
         dx = _norm.laid_out_like(dx.to(x.dtype), x)
-    return dx, (dy * xhat).sum(rows).to(dtype) if need_dweight else none.to(dtype)
+    if need_dweight:
+        dweight = _norm.sum_rows(dy * xhat, dims).to(dtype)
+    return dx, dweight
 
 
 class _RMSNorm(torch.autograd.Function):

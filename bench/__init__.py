@@ -1,0 +1,82 @@
+"""Benchmarks: `python -m bench`. Each bench/<stem>.py declares one operation as OPERATION; the rest discovers it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # cases and parity: what is correct is declared once, there
+
+Size = tuple[int, ...]
+Call = Callable[[], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Function:
+    """A differentiable function against its torch counterpart.
+
+    `inputs` gives the tensors of a call; those that require gradients are differentiated. `forward_bytes` and
+    `backward_bytes` give, for n elements of s bytes, the least a kernel can move: the floors of the README, in words in
+    `floors`. `headline` is the size whose figure stands in the README. A peer is a function that imports another
+    library and returns its counterpart, called as `ours` is.
+    """
+
+    stands_in_for: str
+    ours: Callable[..., Tensor]
+    torch: Callable[..., Tensor]
+    inputs: Callable[[Size, torch.dtype, str], tuple[Tensor, ...]]
+    floors: tuple[str, str]
+    forward_bytes: Callable[[int, int], int]
+    backward_bytes: Callable[[int, int], int]
+    sizes: tuple[Size, ...]
+    headline: Size
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    peers: dict[str, Callable[[], Callable[..., Tensor]]] = field(default_factory=dict)
+    stem: str = ""
+
+    modes = ("forward", "forward+backward")
+
+    def bytes(self, mode: str, size: Size, dtype: torch.dtype) -> int:
+        n = math.prod(size)
+        moved = self.forward_bytes(n, dtype.itemsize)
+        return moved if mode == "forward" else moved + self.backward_bytes(n, dtype.itemsize)
+
+    def tensors(self, mode: str, size: Size, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+        """What `call` takes: the inputs and, where gradients are wanted, the gradient of the result."""
+        torch.manual_seed(0)
+        inputs = self.inputs(size, dtype, device)
+        if mode == "forward":
+            return tuple(t.detach() for t in inputs)
+        with torch.no_grad():
+            return *inputs, torch.randn_like(self.torch(*inputs))
+
+    def call(self, fn: Callable[..., Tensor], mode: str, tensors: tuple[Tensor, ...]) -> Call:
+        """One call of `fn`, the thing that is timed."""
+        if mode == "forward":
+            return lambda: (fn(*tensors),)
+        *inputs, dy = tensors
+        wanted = [t for t in inputs if t.requires_grad]
+        return lambda: torch.autograd.grad(fn(*inputs), wanted, dy)
+
+
+def operations(stems: Sequence[str] = ()) -> dict[str, Any]:
+    """The declared operations, all or those named, in alphabetical order."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if (ROOT / "fusedtricks" / "ops" / f"{module.name}.py").exists():
+            found[module.name] = importlib.import_module(f"bench.{module.name}").OPERATION
+            object.__setattr__(found[module.name], "stem", module.name)
+    unknown = set(stems) - set(found)
+    if unknown:
+        raise SystemExit(f"bench: no operation {', '.join(sorted(unknown))}; there are {', '.join(found)}")
+    return {stem: found[stem] for stem in stems or found}

@@ -1,0 +1,220 @@
+"""`make gpu-check`: every check that needs a GPU, stage by stage, with the machine's own torch and no network.
+
+GPU_CHECK names the stages: build parity graphs sync determinism sanitizer bench; default: all. `sanitizer:memcheck` is
+one tool, `bench:layer_norm` one operation. No stage takes ten minutes; `bench` is a stage for each operation.
+GPU_CHECK_OUT is the folder for summary.json, a log for each stage and the figures; default: out/gpu-check.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("build", "parity", "graphs", "sync", "determinism", "sanitizer", "bench")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+NO_GPU = 2  # exit status
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    command: list[str]
+    minutes: float = 9.5
+    env: dict[str, str] = field(default_factory=dict)
+    # Words in the log that turn a failure into "unavailable": the tool cannot work on this machine.
+    unavailable: tuple[str, ...] = ()
+
+
+@dataclass
+class Result:
+    stage: str
+    status: str  # passed, failed, timed out, unavailable
+    seconds: float = 0.0
+    last_line: str = ""
+
+
+def pytest(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "--device", "cuda", *arguments]
+
+
+def operations() -> list[str]:
+    command = [sys.executable, "-c", "import bench; print(*bench.operations())"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+def build() -> list[Stage]:
+    import torch
+
+    archs = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    # Only what these GPUs run: the package's own list takes several times as long.
+    here = {} if torch.version.hip else {"TORCH_CUDA_ARCH_LIST": ";".join(f"{a}.{b}" for a, b in sorted(archs))}
+    return [Stage("build", ["bash", "-c", f"{link()} && {sys.executable} setup.py build_ext --inplace"], env=here)]
+
+
+def link() -> str:
+    """The in-place build's stand-in for `package_dir`."""
+    return "ln -sfn ../triton_kernels fusedtricks/triton_kernels"
+
+
+def parity() -> list[Stage]:
+    spread = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    return [Stage("parity", pytest(*spread, "tests/test_parity.py"))]
+
+
+def of_test_gpu(name: str) -> Callable[[], list[Stage]]:
+    return lambda: [Stage(name, pytest("tests/test_gpu.py", "-k", name))]
+
+
+def sanitizer(kinds: tuple[str, ...] = SANITIZERS) -> list[Stage]:
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return [Stage("sanitizer", [], unavailable=("compute-sanitizer is not installed",))]
+    # Without torch's cache of allocations every tensor is an allocation of its own, whose bounds are known.
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    stages = []
+    for kind in kinds:
+        tests = pytest("tests/test_gpu.py", "-k", "small and not second and not reference")
+        command = [tool, "--tool", kind, "--error-exitcode", "3", *tests]
+        stages.append(Stage(f"sanitizer:{kind}", command, 9.5 / len(kinds), env, ("Device not supported",)))
+    return stages
+
+
+def bench(stem: str) -> Stage:
+    out = str(output() / f"bench-{stem}")
+    command = [sys.executable, "-m", "bench", stem, "--device", "cuda", "--json", f"{out}.json", "--plot", f"{out}.png"]
+    return Stage(f"bench:{stem}", command)
+
+
+def stages(wanted: list[str]) -> Iterator[Stage]:
+    makers = {"build": build, "parity": parity, "sanitizer": sanitizer}
+    for name in wanted:
+        stage, _, choice = name.partition(":")
+        if stage == "bench":
+            yield from map(bench, [choice] if choice else operations())
+        elif stage == "sanitizer" and choice:
+            yield from sanitizer((choice,))
+        else:
+            yield from makers.get(stage, of_test_gpu(stage))()
+
+
+def output() -> Path:
+    return Path(os.environ.get("GPU_CHECK_OUT") or ROOT / "out" / "gpu-check").resolve()
+
+
+def run(stage: Stage) -> Result:
+    """Run one stage; its output goes to the terminal and to a log."""
+    print(f"\n==== {stage.name}", flush=True)
+    if not stage.command:
+        print(stage.unavailable[0])
+        return Result(stage.name, "unavailable", last_line=stage.unavailable[0])
+    start, log = time.monotonic(), output() / f"{stage.name.replace(':', '-')}.log"
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.env}
+    # A session of its own, so that a stage past its limit ends with everything it started.
+    process = subprocess.Popen(
+        stage.command,
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    alarm = Alarm(process, stage.minutes * 60)
+    with log.open("wb") as file:
+        for line in process.stdout:
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
+            file.write(line)
+    code = process.wait()
+    alarm.cancel()
+    text = log.read_text(errors="replace")
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    status = "timed out" if alarm.rang else "passed" if code == 0 else "failed"
+    reason = next((words for words in stage.unavailable if words in text), None)
+    if status != "passed" and reason:
+        status, last = "unavailable", reason
+    return Result(stage.name, status, round(time.monotonic() - start, 1), last)
+
+
+class Alarm:
+    """Ends a process group that outlives its limit."""
+
+    def __init__(self, process: subprocess.Popen, seconds: float):
+        from threading import Timer
+
+        self.process, self.rang = process, False
+        self.timer = Timer(seconds, self.ring)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def ring(self) -> None:
+        self.rang = True
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+    def cancel(self) -> None:
+        self.timer.cancel()
+
+
+def main() -> int:
+    try:
+        import torch
+    except ImportError:
+        print(f"gpu-check: {sys.executable} has no torch; set PYTHON. Nothing was run.")
+        return NO_GPU
+    if not torch.cuda.is_available():
+        print(f"gpu-check: no GPU found by torch {torch.__version__} of {sys.executable}. Nothing was run.")
+        return NO_GPU
+
+    wanted = (os.environ.get("GPU_CHECK") or " ".join(STAGES)).replace(",", " ").split()
+    unknown = [name for name in wanted if name.split(":")[0] not in STAGES]
+    if unknown:
+        print(f"gpu-check: no stage {', '.join(unknown)}; see bench/gpu_check.py.")
+        return 1
+    if "build" not in wanted:
+        wanted.insert(0, "build")  # quick where nothing changed
+    output().mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for stage in stages(wanted):
+        results.append(run(stage))
+        summary(results)
+        if stage.name == "build" and results[-1].status != "passed":
+            break
+    print("\n==== summary")
+    for r in results:
+        print(f"{r.stage:<24} {r.status:<12} {r.seconds:>7.1f} s  {r.last_line}")
+    print(f"logs and figures: {output()}")
+    return 0 if all(r.status in ("passed", "unavailable") for r in results) else 1
+
+
+def revision() -> str:
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def summary(results: list[Result]) -> None:
+    import torch
+
+    content = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "revision": revision(),
+        "stages": [asdict(r) for r in results],
+    }
+    (output() / "summary.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""First and second derivatives against finite differences, in fp64."""
+
+import pytest
+import torch
+from cases import CASES, Case
+from sweep import Target, forced, subsets, targets
+from torch import Tensor
+
+SIZES = {"rows": ((3, 5), 1), "two dimensions": ((2, 3, 4), 2)}
+RUNS = [
+    pytest.param(stem, absent, size, target, id=f"{stem}-{target}-{size}{''.join(f'-no {a}' for a in absent)}")
+    for stem, case in CASES.items()
+    for absent in subsets(case.optional)
+    for size in SIZES
+    for target in targets(case)
+    if target.backend != "triton"  # no fp64
+]
+
+
+def function(case: Case, absent: tuple[str, ...], size: str, device: str) -> tuple:
+    shape, *rest = SIZES[size]
+    tensors = [t.to(device) for t in case.inputs(shape, *rest)]
+    present = [i for i, name in enumerate(case.names) if name not in absent]
+
+    def call(*given: Tensor) -> Tensor:
+        full = [None] * len(tensors)
+        for i, t in zip(present, given, strict=True):
+            full[i] = t
+        return case.call(case.fn, full, *rest)
+
+    return call, [tensors[i].requires_grad_() for i in present]
+
+
+@pytest.mark.parametrize(("stem", "absent", "size", "target"), RUNS)
+def test_gradcheck(stem: str, absent: tuple[str, ...], size: str, target: Target) -> None:
+    call, tensors = function(CASES[stem], absent, size, target.device)
+    with forced(target):
+        assert torch.autograd.gradcheck(call, tensors)
+        assert torch.autograd.gradgradcheck(call, tensors)
+
+
+@pytest.mark.parametrize("stem", CASES)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_second_derivatives_of_the_default(stem: str, create_graph: bool) -> None:
+    """create_graph=True gives the same first gradients as the kernel, and gradients that have a graph."""
+    case = CASES[stem]
+    call, tensors = function(case, (), "rows", "cpu")
+    theirs = [t.detach().clone().requires_grad_() for t in tensors]
+    reference = case.call(case.torch_fn, theirs, *SIZES["rows"][1:])
+    dy = torch.randn_like(reference).requires_grad_()  # the gradient of bias depends on nothing else
+    ours = torch.autograd.grad(call(*tensors), tensors, dy, create_graph=create_graph)
+    expected = torch.autograd.grad(reference, theirs, dy, create_graph=True)
+    torch.testing.assert_close(ours, tuple(e.detach() for e in expected), rtol=1e-11, atol=1e-11)
+    assert [g.requires_grad for g in ours] == [create_graph] * len(ours)
+    if create_graph:
+        penalty, their_penalty = (sum(g.square().sum() for g in grads) for grads in (ours, expected))
+        torch.testing.assert_close(
+            torch.autograd.grad(penalty, tensors, allow_unused=True, materialize_grads=True),
+            torch.autograd.grad(their_penalty, theirs, allow_unused=True, materialize_grads=True),
+            rtol=1e-10,
+            atol=1e-10,
+        )

@@ -1,0 +1,165 @@
+"""The operators as torch sees them: schema, fake tensors, torch.compile, transforms, forward-mode AD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case
+from parity import LAYOUTS, Guarded
+from sweep import INTERPRETED, forward_backward, subsets
+from torch import Tensor
+
+from fusedtricks._op import Op
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="registration does not depend on the interpreter")
+
+
+def sample_calls(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Op, tuple[Any, ...]]]:
+    """Operators with their arguments, as the public function calls them over layouts, absent and frozen tensors."""
+    calls, run = [], Op.__call__
+    monkeypatch.setattr(Op, "__call__", lambda op, *args: calls.append((op, args)) or run(op, *args))
+    size, *rest = case.shapes[case.layout_shapes[-1]]
+    for layout in LAYOUTS:
+        for absent in subsets(case.optional):
+            for frozen in subsets([name for name in case.names if name not in absent]):
+                if layout != "plain" and (absent or frozen):
+                    continue
+                tensors = [
+                    None if name in absent else Guarded(t.float(), layout if i == 0 else "plain").tensor
+                    for i, (name, t) in enumerate(zip(case.names, case.inputs(size, *rest), strict=True))
+                ]
+                wanted = [i for i, n in enumerate(case.names) if n not in (*absent, *frozen)]
+                y = case.call(case.torch_fn, tensors, *rest)
+                forward_backward(case, case.fn, tensors, wanted, [Guarded(y, layout).tensor], *rest)
+    monkeypatch.undo()
+    return calls
+
+
+@pytest.mark.parametrize("stem", CASES)
+def test_opcheck(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = sample_calls(CASES[stem], monkeypatch)
+    assert {op.name for op, _ in calls} == {op.name for op in CASES[stem].operators}
+    for op, args in calls:
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+    for op in CASES[stem].operators:
+        args = next(args for called, args in calls if called is op)
+        torch.library.opcheck(op.default, args)
+
+
+@pytest.mark.parametrize("stem", CASES)
+def test_every_back_end_has_the_strides_of_meta(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op, args in sample_calls(CASES[stem], monkeypatch):
+        meta = op.default(*(_as_meta(a) for a in args))
+        for backend in op.available():
+            if backend != "cuda" and backend != "triton":
+                for real, fake in zip(op.implementation(backend)(*args), meta, strict=True):
+                    said = f"{op.name} {backend}, first argument {args[0].shape} {args[0].stride()}"
+                    assert (real.shape, real.dtype) == (fake.shape, fake.dtype), said
+                    assert real.stride() == fake.stride() or real.numel() <= 1, (
+                        f"{said}: {real.stride()}, {fake.stride()}"
+                    )
+
+
+def _as_meta(a: Any) -> Any:
+    if not isinstance(a, Tensor):
+        return a
+    return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+
+
+def compiled_and_eager(
+    stem: str, shape: str, layout: str = "plain", absent: tuple[str, ...] = (), **options: Any
+) -> None:
+    case = CASES[stem]
+    size, *rest = case.shapes[shape]
+    tensors = [
+        None if name in absent else Guarded(t.float(), layout if i == 0 else "plain").tensor
+        for i, (name, t) in enumerate(zip(case.names, case.inputs(size, *rest), strict=True))
+    ]
+    wanted = [i for i, t in enumerate(tensors) if t is not None]
+    dy = torch.randn(case.call(case.torch_fn, tensors, *rest).shape)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: case.call(case.fn, t, *rest), fullgraph=True, **options)
+    case_of_compiled = lambda _, t: compiled(t)  # noqa: E731
+    ours = forward_backward(_Calling(case_of_compiled), None, tensors, wanted, [dy])
+    eager = forward_backward(case, case.fn, tensors, wanted, [dy], *rest)
+    torch.testing.assert_close(ours, eager, rtol=0, atol=0)
+    assert [t.stride() for t in ours] == [t.stride() for t in eager]
+
+
+class _Calling:
+    """As much of a case as `forward_backward` asks for."""
+
+    def __init__(self, call: Any):
+        self.call = call
+
+
+@pytest.mark.parametrize("stem", CASES)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "expanded"])
+def test_compile_aot_eager(stem: str, layout: str) -> None:
+    for shape in CASES[stem].layout_shapes:
+        compiled_and_eager(stem, shape, layout, backend="aot_eager")
+
+
+@pytest.mark.parametrize("stem", CASES)
+def test_compile_without_optional_tensors(stem: str) -> None:
+    for absent in subsets(CASES[stem].optional)[1:]:
+        compiled_and_eager(stem, CASES[stem].shape, absent=absent, backend="aot_eager")
+
+
+@pytest.mark.parametrize("stem", CASES)
+def test_compile_inductor(stem: str) -> None:
+    compiled_and_eager(stem, CASES[stem].shape)
+
+
+@pytest.mark.parametrize("stem", CASES)
+def test_compile_dynamic_shapes_once(stem: str) -> None:
+    case, compilations = CASES[stem], []
+
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: case.call(case.fn, t, 1), fullgraph=True, dynamic=True, backend=counting)
+    for rows in (3, 7, 129):
+        tensors = [t.float() for t in case.inputs((rows, 40), 1)]
+        torch.testing.assert_close(compiled(tensors), case.call(case.fn, tensors, 1), rtol=0, atol=0)
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("stem", CASES)
+def test_vmap_and_functional_grad(stem: str) -> None:
+    case = CASES[stem]
+    size, *rest = case.shapes[case.shape]
+    x, *parameters = case.inputs(size, *rest)
+    ours, theirs = ((lambda x, fn=fn: case.call(fn, [x, *parameters], *rest)) for fn in (case.fn, case.torch_fn))
+    batch = torch.stack([x, 2 * x, x - 1])
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # noqa: E731
+    close(torch.vmap(ours)(batch), torch.vmap(theirs)(batch))
+    close(torch.vmap(ours, in_dims=1, out_dims=1)(batch.movedim(0, 1)), torch.vmap(theirs)(batch).movedim(0, 1))
+    loss = lambda f: lambda x: f(x).square().sum()  # noqa: E731
+    close(torch.func.grad(loss(ours))(x), torch.func.grad(loss(theirs))(x))
+    close(torch.vmap(torch.func.grad(loss(ours)))(batch), torch.vmap(torch.func.grad(loss(theirs)))(batch))
+    tangent = torch.randn_like(x)
+    close(torch.func.jvp(ours, (x,), (tangent,)), torch.func.jvp(theirs, (x,), (tangent,)))
+    small = x[:, :1, :3]
+    narrow = [p[:3] for p in parameters]
+    hessian = lambda fn: torch.func.hessian(lambda x: case.call(fn, [x, *narrow], *rest).pow(3).sum())(small)  # noqa: E731
+    close(hessian(case.fn), hessian(case.torch_fn))
+
+
+@pytest.mark.parametrize("stem", CASES)
+def test_forward_mode(stem: str) -> None:
+    case = CASES[stem]
+    size, *rest = case.shapes[case.shape]
+    tensors = case.inputs(size, *rest)
+    tangents = [torch.randn_like(t) for t in tensors]
+
+    def dual(fn: Any) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(t, d) for t, d in zip(tensors, tangents, strict=True)]
+            return torch.autograd.forward_ad.unpack_dual(case.call(fn, duals, *rest)).tangent.clone()
+
+    torch.testing.assert_close(dual(case.fn), dual(case.torch_fn), rtol=1e-10, atol=1e-10)
