@@ -48,14 +48,11 @@ def cuda_home() -> Path | None:
         raise SystemExit(f"fusedtricks: FUSEDTRICKS_CUDA must be 0 or 1, got {wanted!r}")
     if wanted == "0":
         return None
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc:
-        home = Path(nvcc).resolve().parent.parent
-        if (home / "include/cuda_runtime.h").exists():
+    found = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), found and Path(found).resolve().parent.parent, "/usr/local/cuda"]
+    for home in map(Path, filter(None, candidates)):
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
             return home
-        nvcc = None
     if wanted == "1":
         raise SystemExit("fusedtricks: FUSEDTRICKS_CUDA=1, but no nvcc was found (set CUDA_HOME or PATH)")
     return None
