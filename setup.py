@@ -84,7 +84,9 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
     common = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     mac = sys.platform == "darwin"
-    shared = ["-bundle", "-undefined", "dynamic_lookup"] if mac else ["-shared", "-Wl,--as-needed"]
+    # libtorch.so is what brings in libtorch_cuda.so, where the weak symbols of csrc/cuda/launch.cuh are: nothing else
+    # refers to it, and it must stay.
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if mac else ["-shared", "-Wl,--no-as-needed"]
     link = [*shared, f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     if cuda:
         defines.append("-DUSE_CUDA")

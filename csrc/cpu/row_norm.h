@@ -5,9 +5,8 @@
 // elements of s bytes: forward 2ns, backward 3ns.
 #pragma once
 
-#include <unistd.h>
-
 #include <cmath>
+#include <limits>
 
 #include "math/norm.h"
 #include "parallel.h"
@@ -16,34 +15,44 @@
 
 namespace fusedtricks::FT_ISA {
 
-// Outputs are streamed past the caches when input and output do not fit them together.
-inline bool worth_streaming(int64_t bytes) {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), int64_t{8} << 20);
-#else
-  static const int64_t cache = int64_t{32} << 20;
-#endif
-  return bytes > cache;
-}
-
-// A parameter as accumulation-type values: the tensor's own memory where it has that type already.
+// A parameter as values of the accumulation type: the tensor's own memory where it has that type already.
 template <class A>
 struct Parameter {
   const A* data = nullptr;
-  Tensor owner;
 
-  Parameter(const MaybeTensor& parameter, int64_t columns, A otherwise) {
+  Parameter(const char* op, const MaybeTensor& parameter, int64_t columns, A otherwise, const Tensor& where) {
     constexpr auto type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
     if (parameter) {
-      owner = parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
-      if (owner.scalar_type() != type) owner = torch::stable::to(owner, type);
-      data = static_cast<const A*>(owner.const_data_ptr());
+      owner_ = parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
+      if (owner_.scalar_type() == type) {
+        data = static_cast<const A*>(owner_.const_data_ptr());
+        return;
+      }
+    }
+    A* to = short_;
+    if (columns > kShort) {
+      converted_ = empty({columns}, type, where);
+      to = static_cast<A*>(converted_.mutable_data_ptr());
+    }
+    data = to;
+    if (!parameter) {
+      std::fill_n(to, columns, otherwise);
       return;
     }
-    int64_t size[] = {columns};
-    owner = torch::stable::full({size, 1}, otherwise, type);
-    data = static_cast<const A*>(owner.const_data_ptr());
+    dispatch(op, owner_.scalar_type(), [&]<class P>() {
+      const P* from = static_cast<const P*>(owner_.const_data_ptr());
+      if constexpr (std::is_same_v<Acc<P>, A>) {
+        sweep<A>(0, columns, [&](int64_t j, auto lanes, int) { store(to + j, load(from + j, lanes), lanes); });
+      } else {
+        for (int64_t j = 0; j < columns; ++j) to[j] = static_cast<A>(load(from + j, Tail{1})[0]);
+      }
+    });
   }
+
+ private:
+  static constexpr int64_t kShort = 256;
+  A short_[kShort];
+  Tensor owner_, converted_;
 };
 
 // ---- one row --------------------------------------------------------------------------------------------------------
@@ -94,19 +103,10 @@ inline Normalize<A> measure(const T* x, int64_t columns, A eps) {
 inline constexpr int kMostRows = 4;
 inline int block_rows(int64_t columns) { return columns > 1024 ? kMostRows : 1; }
 
-// run.operator()<Stream, Count>() for a block of `count` rows, four or one, written past the caches or not.
-template <bool MayStream, class F>
-inline __attribute__((always_inline)) void with_block(bool stream, int count, const F& run) {
-  if (MayStream && stream) {
-    count == kMostRows ? run.template operator()<MayStream, kMostRows>() : run.template operator()<MayStream, 1>();
-  } else {
-    count == kMostRows ? run.template operator()<false, kMostRows>() : run.template operator()<false, 1>();
-  }
-}
-
-template <class T>
-inline bool aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % kVecBytes == 0;
+// run.operator()<Count>() for a block of `count` rows, four or one.
+template <class F>
+inline __attribute__((always_inline)) void with_block(int count, const F& run) {
+  count == kMostRows ? run.template operator()<kMostRows>() : run.template operator()<1>();
 }
 
 template <bool Center, class A>
@@ -129,7 +129,7 @@ struct ForwardRow {
   Normalize<Acc<T>> n;
 };
 
-template <bool Center, bool Affine, bool Stream, int Count, class T, class A = Acc<T>>
+template <bool Center, bool Affine, int Count, class T, class A = Acc<T>>
 inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* bias, int64_t columns) {
   const T* x[Count];
   T* y[Count];
@@ -144,7 +144,7 @@ inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* b
       auto v = normalized<Center, A>(n[i], load(x[i] + j, lanes));
       if constexpr (Affine) v *= w;
       if constexpr (Affine && Center) v += b;
-      store<Stream>(y[i] + j, v, lanes);
+      store(y[i] + j, v, lanes);
     }
   });
 }
@@ -154,18 +154,15 @@ template <bool Center, bool Affine, class T, class A = Acc<T>>
 void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weight, const A* bias, int64_t columns,
                   A eps) {
   const int together = block_rows(columns);
-  const bool large = worth_streaming(2 * rows.count * columns * static_cast<int64_t>(sizeof(T)));
   parallel(rows.count, columns, [&](int64_t begin, int64_t end) {
     typename Rows<3>::Walk at(rows, begin);
     for (int64_t left = end - begin; left > 0;) {
       const int count = left >= together ? together : 1;
       ForwardRow<T> block[kMostRows];
-      bool stream = large;
       for (int i = 0; i < count; ++i) {
         auto& row = block[i];
         row = {x + at.offset[1], y + at.offset[0], {}};
         row.n = measure<Center>(row.x, columns, eps);
-        stream = stream && aligned(row.y);
         A* s = stats + at.offset[2];
         if constexpr (Center) {
           s[0] = row.n.mean;
@@ -176,11 +173,8 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
         }
         if (--left > 0) at.next();
       }
-      with_block<true>(stream, count, [&]<bool Stream, int Count>() {
-        normalize_rows<Center, Affine, Stream, Count>(block, weight, bias, columns);
-      });
+      with_block(count, [&]<int Count>() { normalize_rows<Center, Affine, Count>(block, weight, bias, columns); });
     }
-    if (large) stream_fence();
   });
 }
 
@@ -206,9 +200,9 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const Ma
                                    w, b, shape.columns, static_cast<A>(eps));
     };
     if (weight || bias) {
-      const Parameter<A> w(weight, shape.columns, A(1));
+      const Parameter<A> w(op, weight, shape.columns, A(1), x);
       if constexpr (Center) {
-        const Parameter<A> b(bias, shape.columns, A(0));
+        const Parameter<A> b(op, bias, shape.columns, A(0), x);
         run.template operator()<true>(w.data, b.data);
       } else {
         run.template operator()<true>(w.data, nullptr);
@@ -257,7 +251,7 @@ inline void project_rows(BackwardRow<T>* row, const A* weight, int64_t columns) 
 }
 
 // dx of the rows, and their part of dweight and dbias in one visit to the sums.
-template <bool Center, bool Dx, bool Parameters, bool Stream, int Count, class T, class A = Acc<T>>
+template <bool Center, bool Dx, bool Parameters, int Count, class T, class A = Acc<T>>
 inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight, A* dbias, int64_t columns) {
   const T *dy[Count], *x[Count];
   T* dx[Count];
@@ -279,7 +273,7 @@ inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight
         if constexpr (Center) db += grad;
       }
       if constexpr (Dx) {
-        store<Stream>(dx[i] + j, norm_backward<Vec<A>>(grad * w, xhat, n[i].rstd, mean_g[i], mean_gx[i]), lanes);
+        store(dx[i] + j, norm_backward<Vec<A>>(grad * w, xhat, n[i].rstd, mean_g[i], mean_gx[i]), lanes);
       }
     }
     if constexpr (Parameters) {
@@ -306,7 +300,6 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
   const Chunks chunks(rows.count);
   const int64_t width = Center ? 2 * columns : columns;
   const int together = block_rows(columns);
-  const bool large = Dx && worth_streaming(3 * rows.count * columns * static_cast<int64_t>(sizeof(T)));
   parallel(chunks.count, chunks.rows_each * columns, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       A* dweight = Parameters ? partials + c * width : nullptr;
@@ -317,21 +310,18 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
       for (int64_t left = std::min(rows.count - first, chunks.rows_each); left > 0;) {
         const int count = left >= together ? together : 1;
         BackwardRow<T> block[kMostRows];
-        bool stream = large;
         for (int i = 0; i < count; ++i) {
           const A* s = stats + at.offset[3];
           const auto n = Center ? Normalize<A>{s[0], s[rows.count], s[2 * rows.count]} : Normalize<A>{0, 0, s[0]};
           block[i] = {dy + at.offset[2], x + at.offset[1], Dx ? dx + at.offset[0] : nullptr, n, 0, 0};
-          stream = stream && aligned(block[i].dx);
           if (--left > 0) at.next();
         }
-        with_block<Dx>(stream, count, [&]<bool Stream, int Count>() {
+        with_block(count, [&]<int Count>() {
           if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
-          backward_rows<Center, Dx, Parameters, Stream, Count>(block, weight, dweight, dbias, columns);
+          backward_rows<Center, Dx, Parameters, Count>(block, weight, dweight, dbias, columns);
         });
       }
     }
-    if (large) stream_fence();
   });
 }
 
@@ -382,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, 
   dispatch(op, x.scalar_type(), [&]<class T>() {
     using A = Acc<T>;
     std::optional<Parameter<A>> w;
-    if (weight && need_dx) w.emplace(weight, shape.columns, A(1));
+    if (weight && need_dx) w.emplace(op, weight, shape.columns, A(1), x);
     Tensor partials;
     const int64_t chunks = Chunks(shape.rows).count, width = Center ? 2 * shape.columns : shape.columns;
     const bool parameters = need_dweight || need_dbias;

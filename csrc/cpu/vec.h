@@ -203,38 +203,17 @@ inline Vec<Acc<T>> load(const T* p, Tail t) {
 #endif
 }
 
-// Write past the caches: for outputs too large to stay in them. `p` must be aligned to the bytes written.
-template <class R>
-inline void stream_bytes(void* p, R r) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(R) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)r);
-#endif
-#if defined(__AVX2__)
-  if constexpr (sizeof(R) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)r);
-#endif
-#if defined(__SSE2__)
-  if constexpr (sizeof(R) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)r);
-#endif
-  std::memcpy(p, &r, sizeof r);
-}
-
-template <bool Stream = false, class T>
+template <class T>
 inline void store(T* p, Vec<Acc<T>> v, Full) {
-  auto put = [p](auto r) {
-    if constexpr (Stream) {
-      stream_bytes(p, r);
-    } else {
-      std::memcpy(p, &r, sizeof r);
-    }
-  };
   if constexpr (sizeof(T) == 2) {
-    put(narrow(v, T{}));
+    const Packed packed = narrow(v, T{});
+    std::memcpy(p, &packed, sizeof packed);
   } else {
-    put(v);
+    std::memcpy(p, &v, sizeof v);
   }
 }
 
-template <bool Stream = false, class T>
+template <class T>
 inline void store(T* p, Vec<Acc<T>> v, Tail t) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
   const uint32_t mask = (1u << t.n) - 1;
@@ -245,13 +224,6 @@ inline void store(T* p, Vec<Acc<T>> v, Tail t) {
   T buffer[kLanes<Acc<T>>];
   store(buffer, v, Full{});
   for (int i = 0; i < t.n; ++i) p[i] = buffer[i];
-#endif
-}
-
-// Streamed stores become visible to other threads only after this.
-inline void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
 #endif
 }
 
