@@ -99,9 +99,10 @@ inline Normalize<A> measure(const T* x, int64_t columns, A eps) {
 }
 
 // Wide rows are dealt with in blocks of four, which share each visit to weight, bias and the sums of dweight and dbias.
-// For narrow rows these stay in the first-level cache, and one row at a time keeps the streams few.
+// Of narrower rows these stay in the first-level cache, and one row at a time is faster; except for very narrow ones,
+// whose short chains of dependent instructions run side by side in a block.
 inline constexpr int kMostRows = 4;
-inline int block_rows(int64_t columns) { return columns > 1024 ? kMostRows : 1; }
+inline int block_rows(int64_t columns) { return columns > 1024 || columns < 128 ? kMostRows : 1; }
 
 // run.operator()<Count>() for a block of `count` rows, four or one.
 template <class F>
