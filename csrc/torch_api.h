@@ -150,10 +150,11 @@ Rows<K> collapse_rows(int64_t n, const int64_t* sizes, const std::array<const in
   Rows<K> rows;
   for (int64_t d = 0; d < n; ++d) {
     rows.count *= sizes[d];
-    if (sizes[d] != 1) order[kept++] = d;
+    if (sizes[d] == 1) continue;
+    int64_t i = kept++;
+    for (; i > 0 && strides[0][order[i - 1]] < strides[0][d]; --i) order[i] = order[i - 1];
+    order[i] = d;
   }
-  std::stable_sort(order.begin(), order.begin() + kept,
-                   [&](int64_t a, int64_t b) { return strides[0][a] > strides[0][b]; });
   for (int64_t i = 0; i < kept; ++i) {
     const int64_t d = order[i];
     bool merge = rows.levels > 0;
