@@ -1,7 +1,7 @@
 // Layer and RMS normalization over rows, on the CPU: everything of layer_norm.cpp and rms_norm.cpp but the signatures.
 // Center is true for layer normalization.
 //
-// A row is read from memory once: the second and third pass over it find it in the caches. Bytes that must move, for n
+// A row is read from memory once: the second pass over it finds it in the caches. Bytes that must move, for n
 // elements of s bytes: forward 2ns, backward 3ns.
 #pragma once
 
