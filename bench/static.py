@@ -1,4 +1,4 @@
-"""What the compiled GPU code shows without a GPU: `python -m bench.static`.
+"""What the compiled GPU code shows without a GPU: `python -m bench.static`, `--markdown` for the table of docs/.
 
 Registers, spills, shared memory, the warps that registers leave room for, and how wide accesses to global memory are.
 """
@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -177,6 +178,28 @@ def show(title: str, rows: list[Row]) -> None:
         )
 
 
+def markdown(rows: list[Row]) -> str:
+    """The kernels for aligned rows by family and dtype: the most registers and spills, the widest accesses."""
+    groups: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        family, dtype, lanes = re.match(r"(\w+)<\w+, (\w+), (\d+)", row.kernel).groups()
+        if int(lanes) * {"fp32": 4, "fp64": 8}.get(dtype, 2) == 16:
+            groups[family, dtype].append(row)
+    archs = [f"sm_{arch}" for arch in ARCHS]
+    lines = [
+        f"| kernel | dtype | instances | registers {' / '.join(archs)} | spills | widest load, store |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (family, dtype), group in sorted(groups.items()):
+        registers = " / ".join(str(max(r.registers for r in group if r.arch == arch)) for arch in archs)
+        widest = ", ".join(str(max((max(a, default=0) for a in each), default=0)) for each in (
+            [r.loads for r in group], [r.stores for r in group],
+        ))  # fmt: skip
+        spills = max(r.spills for r in group)
+        lines.append(f"| `{family}` | {dtype} | {len(group)} | {registers} | {spills} | {widest} bytes |")
+    return "\n".join(lines)
+
+
 def report() -> list[Row]:
     """Print the CUDA kernels' table and return its rows; none where nvcc is missing."""
     if not (nvcc() and cuobjdump()):
@@ -188,5 +211,8 @@ def report() -> list[Row]:
 
 
 if __name__ == "__main__":
-    report()
-    show("Triton", triton())
+    if "--markdown" in sys.argv:
+        print(markdown(cuda()))
+    else:
+        report()
+        show("Triton", triton())
