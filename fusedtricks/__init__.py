@@ -2,6 +2,7 @@
 
 from fusedtricks import functional, nn
 from fusedtricks._op import backend, backends
+from fusedtricks.ops._target import MixedTarget
 
 __version__ = "0.1.0"
-__all__ = ["backend", "backends", "functional", "nn"]
+__all__ = ["MixedTarget", "backend", "backends", "functional", "nn"]
