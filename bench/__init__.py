@@ -69,11 +69,26 @@ class Function:
         return lambda: torch.autograd.grad(fn(*inputs), wanted, dy)
 
 
+@dataclass(frozen=True)
+class Moved:
+    """One call of Triton kernels whose bytes are counted: `floor` is what it must move, `budget` the most it may.
+
+    `budget` is a multiple of the floor. bench/<stem>.py yields them from `traffic()`.
+    """
+
+    direction: str
+    shape: Size
+    dtype: torch.dtype
+    call: Call
+    floor: int
+    budget: float
+
+
 def operations(stems: Sequence[str] = ()) -> dict[str, Any]:
     """The declared operations, all or those named, in alphabetical order."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
-        if (ROOT / "fusedtricks" / "ops" / f"{module.name}.py").exists():
+        if not module.name.startswith("_") and (ROOT / "fusedtricks" / "ops" / f"{module.name}.py").exists():
             found[module.name] = importlib.import_module(f"bench.{module.name}").OPERATION
             object.__setattr__(found[module.name], "stem", module.name)
     unknown = set(stems) - set(found)

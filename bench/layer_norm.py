@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 import fusedtricks.functional
-from bench import Function, Size
+from bench import Function, Moved, Size, _norm
 
 # (rows, columns), each for the regime it reaches.
 SIZES: tuple[Size, ...] = (
@@ -36,6 +38,10 @@ def liger():
     from liger_kernel.transformers.functional import liger_layer_norm
 
     return lambda x, weight, bias: liger_layer_norm(x, weight, bias, 1e-5)
+
+
+def traffic() -> Iterator[Moved]:
+    return _norm.traffic("layer_norm", parameters=2)
 
 
 OPERATION = Function(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 import fusedtricks.functional
-from bench import Function, Size
+from bench import Function, Moved, Size, _norm
 from bench.layer_norm import SIZES
 
 EPS = 1e-6
@@ -33,6 +35,10 @@ def quack():
     from quack import rmsnorm
 
     return lambda x, weight: rmsnorm(x, weight, eps=EPS)
+
+
+def traffic() -> Iterator[Moved]:
+    return _norm.traffic("rms_norm", parameters=1)
 
 
 OPERATION = Function(

@@ -155,7 +155,7 @@ def triton() -> list[Row]:
     from bench import aot
 
     rows = []
-    for stem in aot.STEMS:
+    for stem in aot.stems():
         for note, launch in aot.specialisations(stem):
             for target in (f"sm_{arch}" for arch in ARCHS):
                 c = aot.compile_specialisation(launch, target)
@@ -182,7 +182,7 @@ def markdown(rows: list[Row]) -> str:
     """The kernels for aligned rows by family and dtype: the most registers and spills, the widest accesses."""
     groups: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
     for row in rows:
-        family, dtype, lanes = re.match(r"(\w+)<\w+, (\w+), (\d+)", row.kernel).groups()
+        family, dtype, lanes = re.match(r"(\w+)<.*?\b(fp32|bf16|fp16|fp64), (\d+)\b", row.kernel).groups()
         if int(lanes) * {"fp32": 4, "fp64": 8}.get(dtype, 2) == 16:
             groups[family, dtype].append(row)
     archs = [f"sm_{arch}" for arch in ARCHS]

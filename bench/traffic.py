@@ -1,34 +1,26 @@
 """Bytes that Triton kernels really load and store, counted in Triton's interpreter, beside the bytes they must move.
 
-Every unmasked lane of every load, store and atomic counts, whether a cache would serve it or not. The interpreter
-plans for a device of four multiprocessors, so 512 rows stand for the share of each that 16384 rows have on a large GPU.
+Every unmasked lane of every load, store and atomic counts, whether a cache would serve it or not. bench/<stem>.py says
+which calls are counted and what each must move.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
 from triton.runtime import interpreter
 
-import fusedtricks.nn  # noqa: F401  (registers the operators)
-from fusedtricks._op import Op
-
-ROOT = Path(__file__).resolve().parent.parent
-STEMS = ("layer_norm", "rms_norm")
-ROWS = 512
-COLUMNS = (1024, 4096, 8192)
-BUDGET = {"forward": 1.05, "backward": 1.10}
+from bench import ROOT, operations
 
 
 @dataclass
@@ -77,22 +69,26 @@ def count_traffic() -> Iterator[Traffic]:
         yield traffic
 
 
-def measure(stem: str, R: int, C: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Forward and backward of one shape: parameters of the dtype of x, all gradients wanted."""
-    x, dy = (torch.randn(R, C).to(dtype) for _ in range(2))
-    parameters = [torch.randn(C).to(dtype) for _ in range(2 if stem == "layer_norm" else 1)]
-    fwd, bwd = (Op.registry[f"{stem}_{way}"].implementation("triton") for way in ("fwd", "bwd"))
-    rows = []
-    with count_traffic() as forward:
-        _, stats = fwd(x, *parameters, 1e-5, 1)
-    with count_traffic() as backward:
-        bwd(dy, x, parameters[0], stats, 1, True, *(True for _ in parameters))
-    for direction, tensors, traffic in (("forward", 2, forward), ("backward", 3, backward)):
-        floor = tensors * x.numel() * x.element_size()
-        row = {"op": stem, "direction": direction, "shape": (R, C), "dtype": str(dtype).removeprefix("torch.")}
-        row |= {"bytes": traffic.bytes, "floor": floor, "ratio": traffic.bytes / floor, "budget": BUDGET[direction]}
-        rows.append(row)
-    return rows
+def measure(stem: str) -> Iterator[dict[str, Any]]:
+    """Every call that the operation declares, counted."""
+    for moved in importlib.import_module(f"bench.{stem}").traffic():
+        with count_traffic() as traffic:
+            moved.call()
+        yield {
+            "op": stem,
+            "direction": moved.direction,
+            "shape": moved.shape,
+            "dtype": str(moved.dtype).removeprefix("torch."),
+            "bytes": traffic.bytes,
+            "floor": moved.floor,
+            "ratio": traffic.bytes / moved.floor,
+            "budget": moved.budget,
+        }
+
+
+def counted(stems: list[str] | None = None) -> list[str]:
+    """The operations that declare `traffic`: those with Triton kernels."""
+    return [s for s in operations(stems or ()) if hasattr(importlib.import_module(f"bench.{s}"), "traffic")]
 
 
 def interpreted(module: str, *args: str) -> str:
@@ -106,8 +102,7 @@ def rows(stems: list[str]) -> list[dict[str, Any]]:
     """Every measurement of these operations, in this process if it interprets, else in one that does."""
     if not triton.knobs.runtime.interpret:
         return json.loads(interpreted("bench.traffic", "--json", *stems))
-    dtypes = (torch.float32, torch.bfloat16)
-    return [row for s in stems or STEMS for C in COLUMNS for d in dtypes for row in measure(s, ROWS, C, d)]
+    return [row for stem in counted(stems) for row in measure(stem)]
 
 
 def report(stems: list[str]) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ GUARD_ELEMENTS = 64  # before and after; a multiple of every vector width
 
 
 class Guarded:
-    """`values` in a chosen layout inside a larger buffer that is NaN everywhere else.
+    """`values` in a chosen layout inside a larger buffer that is NaN (integers: the smallest) everywhere else.
 
     A kernel that reads outside has NaN in its result; one that writes, outside or to its input, changes the bytes.
     """
@@ -133,7 +133,8 @@ class Guarded:
         size = tuple(values.shape)
         strides = strides_of(size) if len(size) >= fewest else dense(size)
         span = 1 + sum(stride * (max(n, 1) - 1) for n, stride in zip(size, strides, strict=True))
-        self.buffer = values.new_full((span + skip + 2 * GUARD_ELEMENTS,), math.nan)
+        outside = math.nan if values.is_floating_point() else torch.iinfo(values.dtype).min
+        self.buffer = values.new_full((span + skip + 2 * GUARD_ELEMENTS,), outside)
         self.tensor = self.buffer.as_strided(size, strides, GUARD_ELEMENTS + skip)
         for d, stride in enumerate(strides):
             if stride == 0 and size[d] > 1:

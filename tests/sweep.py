@@ -85,7 +85,7 @@ def fitting(layouts: dict[str, Any], size: Sequence[int]) -> list[str]:
 
 def configurations(case: Case, *, samples: int = 150) -> list[Config]:
     """Each axis in full against defaults of the others, then a seeded sample of the whole product."""
-    parameters = len(case.names) - 1
+    parameters = len(case.floating) - 1
     found = [Config(shape, dtype) for shape in case.shapes for dtype in DTYPES]
     for shape in case.layout_shapes:
         inputs, grads = fitting(INPUT_LAYOUTS, case.shapes[shape][0]), fitting(GRAD_LAYOUTS, case.shapes[shape][0])
@@ -98,7 +98,7 @@ def configurations(case: Case, *, samples: int = 150) -> list[Config]:
     mixes = [mix for mix in itertools.product(DTYPES, repeat=parameters)]
     found += [Config(case.shape, dtype, params=mix) for dtype in DTYPES for mix in mixes if {dtype} != set(mix)]
     for absent in subsets(case.optional):
-        present = [name for name in case.names if name not in absent]
+        present = [name for name in case.floating if name not in absent]
         found += [
             Config(case.shape, dtype, absent=absent, frozen=frozen) for frozen in subsets(present) for dtype in DTYPES
         ]
@@ -119,7 +119,7 @@ def configurations(case: Case, *, samples: int = 150) -> list[Config]:
                 param_layout=rng.choice(["plain", "plain", "offset by one", "every second row"]),
                 grad_layout=rng.choice(fitting(GRAD_LAYOUTS, size)),
                 absent=absent,
-                frozen=rng.choice(subsets([n for n in case.names if n not in absent])),
+                frozen=rng.choice(subsets([n for n in case.floating if n not in absent])),
                 options=rng.choice(["", *case.options]),
             )
         )
@@ -137,8 +137,10 @@ def shape_of(case: Case, config: Config) -> tuple[Any, ...]:
     return case.adversaries[config.adversary].shape if config.adversary else case.shapes[config.shape]
 
 
-def dtypes_of(case: Case, config: Config) -> list[torch.dtype]:
-    return [DTYPES[d] for d in (config.dtype, *(config.params or [config.dtype] * (len(case.names) - 1)))]
+def dtypes_of(case: Case, config: Config) -> list[torch.dtype | None]:
+    """None for a tensor that keeps its own."""
+    chosen = iter([config.dtype, *(config.params or [config.dtype] * (len(case.floating) - 1))])
+    return [None if name in case.fixed else DTYPES[next(chosen)] for name in case.names]
 
 
 # ---- one configuration -----------------------------------------------------------------------------------------------
@@ -164,6 +166,11 @@ def forward_backward(
     return [*(y.detach() for y in ys), *grads]
 
 
+def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`t` in `dtype`; labels and the like, and what is absent, as it is."""
+    return t.to(dtype) if t is not None and t.is_floating_point() else t
+
+
 @dataclass
 class Expected:
     tensors: list[Tensor | None]  # contiguous, in the dtypes of the configuration
@@ -183,10 +190,10 @@ def generated(case: Case, config: Config) -> tuple[list[Tensor | None], list[Ten
         values = list(case.adversaries[config.adversary].change(*values))
     layouts = [config.layout] + [config.param_layout] * (len(values) - 1)
     tensors = [
-        None if name in config.absent else Guarded(v.to(dtype), layout).tensor.contiguous()
+        None if name in config.absent else Guarded(v.to(dtype or v.dtype), layout).tensor.contiguous()
         for name, v, dtype, layout in zip(case.names, values, dtypes_of(case, config), layouts, strict=True)
     ]
-    wide = [t if t is None else t.double() for t in tensors]
+    wide = [cast(t, torch.float64) for t in tensors]
     ys = outputs(case.call(case.torch_fn, wide, *rest, **case.options.get(config.options, {})))
     dys = [Guarded(torch.randn_like(y).to(tensors[0].dtype), config.grad_layout).tensor.contiguous() for y in ys]
     return tensors, dys
@@ -202,15 +209,20 @@ def expected(stem: str, config: Config) -> Expected:
     case = CASES[stem]
     rest, options = shape_of(case, config)[1:], case.options.get(config.options, {})
     tensors, dys = generated(case, config)
-    wanted = [i for i, name in enumerate(case.names) if name not in config.frozen and tensors[i] is not None]
+    still = (*config.frozen, *case.fixed)
+    wanted = [i for i, name in enumerate(case.names) if name not in still and tensors[i] is not None]
 
     def run(*dtypes: torch.dtype) -> list[Tensor]:
-        def cast(t: Tensor | None) -> Tensor | None:
-            return t if t is None else functools.reduce(Tensor.to, dtypes, t)
+        def through(t: Tensor | None) -> Tensor | None:
+            return functools.reduce(cast, dtypes, t)
 
-        return forward_backward(case, case.torch_fn, [*map(cast, tensors)], wanted, [*map(cast, dys)], *rest, **options)
+        return forward_backward(
+            case, case.torch_fn, [*map(through, tensors)], wanted, [*map(through, dys)], *rest, **options
+        )
 
-    widest = functools.reduce(torch.promote_types, {t.dtype for t in tensors if t is not None})
+    widest = functools.reduce(
+        torch.promote_types, {t.dtype for t in tensors if t is not None and t.is_floating_point()}
+    )
     truth, result = run(torch.float64), run(widest)
     kinds = [tensors[0].dtype] * len(dys) + [tensors[i].dtype for i in wanted]
     accumulator = torch.float64 if config.dtype == "fp64" else torch.float32
@@ -252,7 +264,9 @@ def check(case: Case, config: Config, target: Target) -> None:
     each = zip(names, results, want.torch, want.truth, want.slack, like, strict=True)
     for name, result, torchs, truth, slack, template in each:
         assert result.device.type == target.device, f"{name}: on {result.device}, expected {target.device}"
-        strides = torch.empty_like(template).stride() if template is tensors[0] else None
+        # What has the shape of the first input has its memory format; anything else is laid out as torch does.
+        follows = template is tensors[0] and result.shape == template.shape
+        strides = torch.empty_like(template).stride() if follows else None
         assert_no_worse(result, torchs, truth, strides=strides, name=name, precision=precision, slack=slack)
     for name, guard in zip(
         [*case.names, *(f"dy{i or ''}" for i in range(len(dys)))], [*guards, *dy_guards], strict=True

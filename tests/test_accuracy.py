@@ -21,13 +21,16 @@ def test_error_against_the_scale_of_the_result(stem: str, adversary: str, dtype:
     check_accuracy(CASES[stem], Config("", NAME_OF[dtype], adversary=adversary), target)
 
 
-@pytest.mark.parametrize("stem", CASES)
+@pytest.mark.parametrize("stem", [stem for stem, case in CASES.items() if case.family == "norm"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_saved_statistics_are_fp32_or_wider(stem: str, dtype: torch.dtype) -> None:
     """Statistics saved in 16 bits cost gradients two digits."""
     case, saved = CASES[stem], []
     size, *rest = case.shapes[case.shape]
-    tensors = [t.to(dtype).requires_grad_() for t in case.inputs(size, *rest)]
+    tensors = [
+        t if n in case.fixed else t.to(dtype).requires_grad_()
+        for n, t in zip(case.names, case.inputs(size, *rest), strict=True)
+    ]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         case.call(case.fn, tensors, *rest)
     pointers = {t.data_ptr() for t in tensors}

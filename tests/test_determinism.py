@@ -4,14 +4,25 @@ import pytest
 import torch
 from cases import CASES, Case
 from parity import assert_bitwise_equal
-from sweep import DTYPES, INTERPRETED, Config, Target, forced, forward_backward, generated, takes, targets
+from sweep import (
+    DTYPES,
+    INTERPRETED,
+    Config,
+    Target,
+    cast,
+    forced,
+    forward_backward,
+    generated,
+    outputs,
+    takes,
+    targets,
+)
 from torch import Tensor
 
-SIZES = [(4099, 33), (37, 4097), (3, 100_003)]
 RUNS = [
-    pytest.param(stem, size, name, target, id=f"{stem}-{target}-{'x'.join(map(str, size))}-{name}")
+    pytest.param(stem, shape, name, target, id=f"{stem}-{target}-{shape}-{name}")
     for stem, case in CASES.items()
-    for size in SIZES
+    for shape in case.large
     for name in ("fp32", "bf16")
     for target in targets(case)
     if takes(target, DTYPES[name])
@@ -19,31 +30,35 @@ RUNS = [
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter runs programs one after another")
 
 
-def results(case: Case, size: tuple[int, ...], dtype: str, target: Target, rows: slice = slice(None)) -> list[Tensor]:
+def results(case: Case, shape: str, dtype: str, target: Target, rows: slice = slice(None)) -> list[Tensor]:
     torch.manual_seed(1)
-    tensors = [t.to(target.device, DTYPES[dtype]) for t in case.inputs(size, 1)]
-    dy = torch.randn(size).to(target.device, DTYPES[dtype])[rows]
-    tensors[0] = tensors[0][rows]
+    size, *rest = case.large[shape]
+    tensors = [cast(t, DTYPES[dtype]).to(target.device) for t in case.inputs(size, *rest)]
+    ys = outputs(case.call(case.torch_fn, tensors, *rest))
+    dys = [torch.randn(y.shape).to(target.device, y.dtype) for y in ys]
+    if rows != slice(None):
+        tensors[0], dys = tensors[0][rows], [dy[rows] for dy in dys]
+    wanted = [i for i, name in enumerate(case.names) if name not in case.fixed]
     with forced(target):
-        return forward_backward(case, case.fn, tensors, range(len(tensors)), [dy], 1)
+        return forward_backward(case, case.fn, tensors, wanted, dys, *rest)
 
 
-@pytest.mark.parametrize(("stem", "size", "dtype", "target"), RUNS)
-def test_runs_threads_and_batches(stem: str, size: tuple[int, ...], dtype: str, target: Target) -> None:
+@pytest.mark.parametrize(("stem", "shape", "dtype", "target"), RUNS)
+def test_runs_threads_and_batches(stem: str, shape: str, dtype: str, target: Target) -> None:
     case = CASES[stem]
-    first = results(case, size, dtype, target)
+    first = results(case, shape, dtype, target)
     for _ in range(3):
-        for a, b in zip(first, results(case, size, dtype, target), strict=True):
+        for a, b in zip(first, results(case, shape, dtype, target), strict=True):
             assert_bitwise_equal(a, b, name="run to run")
     if target.device == "cpu" and target.backend != "reference":
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            for a, b in zip(first, results(case, size, dtype, target), strict=True):
+            for a, b in zip(first, results(case, shape, dtype, target), strict=True):
                 assert_bitwise_equal(a, b, name=f"{threads} threads instead of 2")
     if case.rowwise and target.backend != "reference":
-        cut = size[0] // 3 + 1
+        cut = case.large[shape][0][0] // 3 + 1
         for rows in (slice(0, cut), slice(cut, None)):
-            y = results(case, size, dtype, target, rows)[0]
+            y = results(case, shape, dtype, target, rows)[0]
             assert_bitwise_equal(y, first[0][rows], name="y of a part of the batch")
 
 
@@ -52,8 +67,9 @@ def test_the_default_is_the_best_kernel() -> None:
     for stem, case in CASES.items():
         rest = case.shapes[case.shape][1:]
         tensors, dys = generated(case, Config(case.shape))
-        default = forward_backward(case, case.fn, tensors, range(len(tensors)), dys, *rest)
+        wanted = [i for i, name in enumerate(case.names) if name not in case.fixed]
+        default = forward_backward(case, case.fn, tensors, wanted, dys, *rest)
         with forced(Target("cpu", case.operators[0].cpu or "reference")):
-            chosen = forward_backward(case, case.fn, tensors, range(len(tensors)), dys, *rest)
+            chosen = forward_backward(case, case.fn, tensors, wanted, dys, *rest)
         for a, b in zip(default, chosen, strict=True):
             assert_bitwise_equal(a, b, name=stem)

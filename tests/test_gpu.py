@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import sweep
 import torch
 from cases import CASES, Case
 from parity import assert_bitwise_equal, assert_no_worse
@@ -16,12 +17,12 @@ import fusedtricks
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
 GPU_BACKENDS = ("cuda", "triton", "reference")
-# Sizes of the first input, for any operation: narrow rows, rows of a warp, an odd tail, rows longer than a block.
-SIZES = {"narrow": (257, 17), "usual": (512, 768), "odd": (65, 1001), "long": (3, 20000)}
 
 each_backend = pytest.mark.parametrize("backend", GPU_BACKENDS)
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-each_size = pytest.mark.parametrize("size", SIZES)
+each_shape = pytest.mark.parametrize(
+    ("case", "shape"), [pytest.param(c, s, id=f"{c.stem}-{s}") for c in CASES.values() for s in c.gpu]
+)
 
 
 def require(case: Case, backend: str) -> None:
@@ -30,62 +31,66 @@ def require(case: Case, backend: str) -> None:
         pytest.skip(f"no {backend} kernel for {', '.join(missing)}")
 
 
-def tensors_of(case: Case, size: str, dtype: torch.dtype = torch.float32, device: str = "cuda") -> list[Tensor]:
-    """The inputs of a call as leaves."""
-    values = case.inputs(SIZES[size], *case.shapes[case.shape][1:])
-    return [v.to(device, dtype).requires_grad_() for v in values]
+def usual(case: Case) -> str:
+    return "usual" if "usual" in case.gpu else next(iter(case.gpu))
 
 
-def forward_backward(case: Case, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> list[Tensor]:
-    y = case.call(fn, tensors, *case.shapes[case.shape][1:])
+def tensors_of(case: Case, shape: str, dtype: torch.dtype = torch.float32, device: str = "cuda") -> list[Tensor]:
+    """The inputs of a call; the floating ones are leaves."""
+    values = zip(case.names, case.inputs(*case.gpu[shape]), strict=True)
+    return [v.to(device) if n in case.fixed else v.to(device, dtype).requires_grad_() for n, v in values]
+
+
+def forward_backward(case: Case, fn: Callable[..., Any], tensors: Sequence[Tensor], shape: str) -> list[Tensor]:
+    ys = sweep.outputs(case.call(fn, tensors, *case.gpu[shape][1:]))
     # Not expanded, and the same in every call.
-    dy = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float32).view_as(y).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, tensors, dy)]
+    line = lambda y: torch.linspace(-1, 1, y.numel() + 1, device=y.device, dtype=torch.float32)[1:]  # noqa: E731
+    dys = [line(y).view_as(y).to(y.dtype) for y in ys]
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [t for t in tensors if t.requires_grad], dys)]
 
 
-def check(case: Case, ours: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    theirs = forward_backward(case, case.torch_fn, tensors)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    truth = forward_backward(case, case.torch_fn, exact)
-    for name, a, b, t in zip(("y", *(f"d{n}" for n in case.names)), ours, theirs, truth, strict=True):
-        assert_no_worse(a, b, t.cpu(), name=name)
+def check(case: Case, ours: Sequence[Tensor], tensors: Sequence[Tensor], shape: str) -> None:
+    theirs = forward_backward(case, case.torch_fn, tensors, shape)
+    exact = [t.detach().double().requires_grad_() if t.requires_grad else t for t in tensors]
+    truth = forward_backward(case, case.torch_fn, exact, shape)
+    for i, (a, b, t) in enumerate(zip(ours, theirs, truth, strict=True)):
+        assert_no_worse(a, b, t.cpu(), name=f"result {i}")
 
 
-@each_case
 @each_backend
-@each_size
+@each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_small(case: Case, backend: str, size: str, dtype: torch.dtype) -> None:
+def test_small(case: Case, backend: str, shape: str, dtype: torch.dtype) -> None:
     """Forward and backward once: what compute-sanitizer looks at."""
     require(case, backend)
-    tensors = tensors_of(case, size, dtype)
+    tensors = tensors_of(case, shape, dtype)
     with fusedtricks.backend(backend):
-        ours = forward_backward(case, case.fn, tensors)
-    check(case, ours, tensors)
+        ours = forward_backward(case, case.fn, tensors, shape)
+    check(case, ours, tensors, shape)
 
 
-@each_case
 @each_backend
-@each_size
-def test_graphs_replay_on_new_inputs(case: Case, backend: str, size: str) -> None:
+@each_shape
+def test_graphs_replay_on_new_inputs(case: Case, backend: str, shape: str) -> None:
     require(case, backend)
-    tensors = tensors_of(case, size)
+    tensors = tensors_of(case, shape)
     with fusedtricks.backend(backend):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                forward_backward(case, case.fn, tensors)
+                forward_backward(case, case.fn, tensors, shape)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = forward_backward(case, case.fn, tensors)
+            captured = forward_backward(case, case.fn, tensors, shape)
     for _ in range(3):
         with torch.no_grad():
             for t in tensors:
-                t.normal_()
+                if t.requires_grad:
+                    t.normal_()
         graph.replay()
-        check(case, [t.clone() for t in captured], tensors)
+        check(case, [t.clone() for t in captured], tensors, shape)
 
 
 @each_case
@@ -93,26 +98,26 @@ def test_graphs_replay_on_new_inputs(case: Case, backend: str, size: str) -> Non
 def test_sync_never(case: Case, backend: str) -> None:
     """A hidden .item() or a copy to the host stalls the training step."""
     require(case, backend)
-    tensors = tensors_of(case, "usual")
+    shape = usual(case)
+    tensors = tensors_of(case, shape)
     with fusedtricks.backend(backend):
-        forward_backward(case, case.fn, tensors)  # the first call may compile
+        forward_backward(case, case.fn, tensors, shape)  # the first call may compile
         torch.cuda.set_sync_debug_mode("error")
         try:
-            forward_backward(case, case.fn, tensors)
+            forward_backward(case, case.fn, tensors, shape)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@each_case
 @each_backend
-@each_size
-def test_determinism_of_many_runs(case: Case, backend: str, size: str) -> None:
+@each_shape
+def test_determinism_of_many_runs(case: Case, backend: str, shape: str) -> None:
     require(case, backend)
-    tensors = tensors_of(case, size)
+    tensors = tensors_of(case, shape)
     with fusedtricks.backend(backend):
-        first = forward_backward(case, case.fn, tensors)
+        first = forward_backward(case, case.fn, tensors, shape)
         for _ in range(20):
-            for a, b in zip(first, forward_backward(case, case.fn, tensors), strict=True):
+            for a, b in zip(first, forward_backward(case, case.fn, tensors, shape), strict=True):
                 assert_bitwise_equal(b, a)
 
 
@@ -121,19 +126,21 @@ def test_determinism_of_many_runs(case: Case, backend: str, size: str) -> None:
 def test_graphs_and_side_stream_order(case: Case, backend: str) -> None:
     """Work goes to the current stream: on another one it would run before the values it needs are written."""
     require(case, backend)
-    tensors = tensors_of(case, "usual")
+    shape = usual(case)
+    tensors = tensors_of(case, shape)
     with fusedtricks.backend(backend):
-        forward_backward(case, case.fn, tensors)
+        forward_backward(case, case.fn, tensors, shape)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), torch.no_grad():
             torch.cuda._sleep(20_000_000)
             for t in tensors:
-                t.mul_(2).add_(1)
+                if t.requires_grad:
+                    t.mul_(2).add_(1)
         with torch.cuda.stream(side):
-            ours = forward_backward(case, case.fn, tensors)
+            ours = forward_backward(case, case.fn, tensors, shape)
         torch.cuda.synchronize()
-    check(case, ours, tensors)
+    check(case, ours, tensors, shape)
 
 
 @each_case
@@ -142,8 +149,9 @@ def test_graphs_and_side_stream_order(case: Case, backend: str) -> None:
 def test_small_on_a_second_device(case: Case, backend: str) -> None:
     """The current device is another one than the tensors'."""
     require(case, backend)
-    tensors = tensors_of(case, "usual", device="cuda:1")
+    shape = usual(case)
+    tensors = tensors_of(case, shape, device="cuda:1")
     with fusedtricks.backend(backend), torch.cuda.device(0):
-        ours = forward_backward(case, case.fn, tensors)
+        ours = forward_backward(case, case.fn, tensors, shape)
     assert all(t.device == tensors[0].device for t in ours)
-    check(case, ours, tensors)
+    check(case, ours, tensors, shape)

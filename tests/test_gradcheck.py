@@ -6,24 +6,23 @@ from cases import CASES, Case
 from sweep import Target, forced, subsets, targets
 from torch import Tensor
 
-SIZES = {"rows": ((3, 5), 1), "two dimensions": ((2, 3, 4), 2)}
 RUNS = [
     pytest.param(stem, absent, size, target, id=f"{stem}-{target}-{size}{''.join(f'-no {a}' for a in absent)}")
     for stem, case in CASES.items()
     for absent in subsets(case.optional)
-    for size in SIZES
+    for size in case.small
     for target in targets(case)
     if target.backend != "triton"  # no fp64
 ]
 
 
 def function(case: Case, absent: tuple[str, ...], size: str, device: str) -> tuple:
-    shape, *rest = SIZES[size]
+    shape, *rest = case.small[size]
     tensors = [t.to(device) for t in case.inputs(shape, *rest)]
-    present = [i for i, name in enumerate(case.names) if name not in absent]
+    present = [i for i, name in enumerate(case.names) if name not in (*absent, *case.fixed)]
 
     def call(*given: Tensor) -> Tensor:
-        full = [None] * len(tensors)
+        full = [t if name in case.fixed else None for name, t in zip(case.names, tensors, strict=True)]
         for i, t in zip(present, given, strict=True):
             full[i] = t
         return case.call(case.fn, full, *rest)
@@ -44,9 +43,16 @@ def test_gradcheck(stem: str, absent: tuple[str, ...], size: str, target: Target
 def test_second_derivatives_of_the_default(stem: str, create_graph: bool) -> None:
     """create_graph=True gives the same first gradients as the kernel, and gradients that have a graph."""
     case = CASES[stem]
-    call, tensors = function(case, (), "rows", "cpu")
-    theirs = [t.detach().clone().requires_grad_() for t in tensors]
-    reference = case.call(case.torch_fn, theirs, *SIZES["rows"][1:])
+    first = next(iter(case.small))
+    torch.manual_seed(3)
+    call, tensors = function(case, (), first, "cpu")
+    torch.manual_seed(3)
+    theirs = [
+        t if n in case.fixed else t.clone() for n, t in zip(case.names, case.inputs(*case.small[first]), strict=True)
+    ]
+    [t.requires_grad_() for n, t in zip(case.names, theirs, strict=True) if n not in case.fixed]
+    reference = case.call(case.torch_fn, theirs, *case.small[first][1:])
+    theirs = [t for n, t in zip(case.names, theirs, strict=True) if n not in case.fixed]
     dy = torch.randn_like(reference).requires_grad_()  # the gradient of bias depends on nothing else
     ours = torch.autograd.grad(call(*tensors), tensors, dy, create_graph=create_graph)
     expected = torch.autograd.grad(reference, theirs, dy, create_graph=True)

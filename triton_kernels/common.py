@@ -141,9 +141,14 @@ def counters(device: torch.device, count: int) -> Tensor:
     return _counters[key]
 
 
+def waves(num_warps: int, amd: bool = torch.version.hip is not None) -> int:
+    """The warps Triton is asked for: plans count in 32 threads, an AMD wavefront has 64."""
+    return max(num_warps // 2, 1) if amd else num_warps
+
+
 def releasing_lanes(num_warps: int, amd: bool = torch.version.hip is not None) -> int:
     """A lane for every thread of an AMD program, none elsewhere: see `arrive`."""
-    return 64 * num_warps if amd else 0
+    return 64 * waves(num_warps, amd) if amd else 0
 
 
 class Launch(NamedTuple):
@@ -152,12 +157,12 @@ class Launch(NamedTuple):
     kernel: Any
     programs: int
     args: dict[str, Any]
-    num_warps: int
+    num_warps: int  # of 32 threads
     registers: int | None = None  # per thread at most; unasked, ptxas spills a few to fit one more program
 
     def options(self, amd: bool = torch.version.hip is not None) -> dict[str, int]:
         limit = {} if amd or self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.num_warps, **limit}
+        return {"num_warps": waves(self.num_warps, amd), **limit}
 
     def __call__(self, device: torch.device) -> None:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

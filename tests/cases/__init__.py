@@ -49,31 +49,46 @@ class Case:
     shapes: dict[str, Shape]
     shape: str  # the default, where another axis is varied
     layout_shapes: tuple[str, ...]
+    small: dict[str, Shape]  # finite differences are taken here
+    large: dict[str, Shape]  # several blocks of every kind: run-to-run and thread-to-thread equality is tested here
+    growing: tuple[Shape, ...]  # sizes of one dynamic compilation
+    gpu: dict[str, Shape]  # every regime of the GPU kernels, for what only a GPU can show
     optional: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()  # names that keep their dtype and take no gradient: labels, permutations, seeds
     # By how much rounding of the arithmetic may grow in a shape whose true result is nothing but cancellation.
     amplified: dict[str, float] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     adversaries: dict[str, Adversary] = field(default_factory=dict)
     modules: tuple[tuple[type, type], ...] = ()  # (ours, torch's)
     op_db: tuple[str, ...] = ()  # OpInfo names whose samples fit `fn`
+    family: str = ""  # "norm": what is tested of row norms alone holds for it
     rowwise: bool = True  # are rows of the result functions of the same row of the first input alone?
     complete: bool = False  # is every file of the stem there?
     stem: str = ""
+
+    @property
+    def floating(self) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name not in self.fixed)
 
     @property
     def operators(self) -> list[Op]:
         return [op for op in Op.registry.values() if op.stem == self.stem]
 
 
-def _discover() -> dict[str, Case]:
-    cases = {}
-    for module in pkgutil.iter_modules(__path__):
-        if not module.name.startswith("_"):
-            case = importlib.import_module(f"{__name__}.{module.name}").CASE
-            object.__setattr__(case, "stem", module.name)
-            cases[module.name] = case
-    return cases
+def _discover() -> tuple[dict[str, Case], dict[str, tuple[str, ...]]]:
+    """The cases, and for operations that are no function of tensors (optimizers) the TESTS that stand in for one."""
+    cases, tested = {}, {}
+    for name in sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")):
+        module = importlib.import_module(f"{__name__}.{name}")
+        if hasattr(module, "TESTS"):
+            tested[name] = module.TESTS
+        else:
+            object.__setattr__(module.CASE, "stem", name)
+            cases[name] = module.CASE
+    return cases, tested
 
 
 CASES: dict[str, Case] = {}
-CASES.update(_discover())
+TESTED: dict[str, tuple[str, ...]] = {}  # stem -> names of test files
+for _into, _found in zip((CASES, TESTED), _discover(), strict=True):
+    _into.update(_found)

@@ -37,6 +37,17 @@ SHAPES: dict[str, Shape] = {
     "5-D": ((2, 3, 2, 3, 17), 2),
 }
 
+SMALL: dict[str, Shape] = {"rows": ((3, 5), 1), "two dimensions": ((2, 3, 4), 2)}
+LARGE: dict[str, Shape] = {f"{r}x{c}": ((r, c), 1) for r, c in ((4099, 33), (37, 4097), (3, 100_003))}
+# Narrow rows, rows of a warp, an odd tail, rows longer than a block.
+GPU: dict[str, Shape] = {
+    "narrow": ((257, 17), 1),
+    "usual": ((512, 768), 1),
+    "odd": ((65, 1001), 1),
+    "long": ((3, 20000), 1),
+}
+GROWING: tuple[Shape, ...] = tuple(((rows, 40), 1) for rows in (3, 7, 129))
+
 # The true dx is zero: rstd = 1 / sqrt(eps) times the rounding of g - mean(g), which a contracted multiply-add makes.
 AMPLIFIED = {"one element": 320.0, "one column": 320.0}
 

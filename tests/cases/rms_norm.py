@@ -2,7 +2,7 @@ import torch
 
 import fusedtricks
 from cases import Case
-from cases._norm import ADVERSARIES, AMPLIFIED, SHAPES, parameter, randn
+from cases._norm import ADVERSARIES, AMPLIFIED, GPU, GROWING, LARGE, SHAPES, SMALL, parameter, randn
 
 CASE = Case(
     fn=fusedtricks.functional.rms_norm,
@@ -15,6 +15,11 @@ CASE = Case(
     amplified=AMPLIFIED,
     shape="3-D",
     layout_shapes=("rows past a block of rows", "3-D", "4-D, images normalised"),
+    small=SMALL,
+    large=LARGE,
+    growing=GROWING,
+    gpu=GPU,
+    family="norm",
     options={"eps=0.3": {"eps": 0.3}},
     adversaries=ADVERSARIES,
     modules=((fusedtricks.nn.RMSNorm, torch.nn.RMSNorm),),

@@ -1,50 +1,15 @@
-"""Bugs that have been made in kernels like these. The suite must notice every one of them.
-
-A Python bug replaces the reference of one operator: `wrong(right, *args)` gets the true reference and its arguments.
-A C++ bug replaces one expression of csrc/.
-"""
+"""Bugs of the row norms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from parity import dense
 from torch import Tensor
 
-from fusedtricks.ops._norm import accumulate_dtype, trailing
-
-
-class Bug(NamedTuple):
-    op: str
-    wrong: Callable[..., Any]
-
-
-class NativeBug(NamedTuple):
-    file: str
-    right: str
-    wrong: str
-    op: str
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(accumulate_dtype(x.dtype))
-
-
-def _as_if_dense(x: Tensor) -> Tensor:
-    """What a kernel reads that takes the pointer and forgets the strides."""
-    reach = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
-    return x.as_strided(x.shape, dense(x.shape)) if x.numel() <= reach else x
-
-
-def _partly_written(result: Tensor, count: int) -> Tensor:
-    """All but the last `count` elements."""
-    if not result.is_contiguous():
-        return result
-    out, written = torch.empty_like(result), max(result.numel() - count, 0)
-    out.view(-1)[:written] = result.view(-1)[:written]
-    return out
+from fusedtricks.ops._norm import trailing
+from seeded_bugs import Bug, NativeBug, as_if_dense, first, in_place, overruns, partly_written, wide
 
 
 def _layer_norm(statistics: Callable[[Tensor, tuple[int, ...]], tuple[Tensor, Tensor]]) -> Callable[..., Any]:
@@ -52,9 +17,9 @@ def _layer_norm(statistics: Callable[[Tensor, tuple[int, ...]], tuple[Tensor, Te
 
     def wrong(right: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dims: int) -> Any:
         y, stats = right(x, weight, bias, eps, dims)
-        wide = _wide(x)
-        mean, var = statistics(wide, trailing(dims))
-        out = (wide - mean) * torch.rsqrt(var + eps)
+        values = wide(x)
+        mean, var = statistics(values, trailing(dims))
+        out = (values - mean) * torch.rsqrt(var + eps)
         out = out if weight is None else out * weight
         out = out if bias is None else out + bias
         return y.copy_(out), stats
@@ -83,34 +48,10 @@ def _in_16_bits(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return mean.to(x.dtype), (x.half() - mean).square().mean(axes, keepdim=True).to(x.dtype)
 
 
-def _write(x: Tensor, offset: int) -> None:
-    end = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    x.as_strided((1,), (1,), end + offset).fill_(0)
-
-
-def _overruns(right: Any, x: Tensor, *rest: Any) -> Any:
-    result = right(x, *rest)
-    if x.numel() and x.storage_offset():
-        _write(x, 1)
-    return result
-
-
-def _in_place(right: Any, dy: Tensor, *rest: Any) -> Any:
-    result = right(dy, *rest)
-    if dy.numel():
-        _write(dy, 0)
-    return result
-
-
-def _first(right: Any, change: Callable[[Tensor], Tensor], *args: Any) -> Any:
-    y, *rest = right(*args)
-    return change(y), *rest
-
-
 def _overflows(right: Any, x: Tensor, weight: Tensor | None, eps: float, dims: int) -> Any:
     y, rstd = right(x, weight, eps, dims)
     if x.numel():
-        y.masked_fill_(_wide(x).square().mean(trailing(dims), keepdim=True).isinf(), 0)
+        y.masked_fill_(wide(x).square().mean(trailing(dims), keepdim=True).isinf(), 0)
     return y, rstd
 
 
@@ -122,8 +63,8 @@ def _dx_term(mean_term: bool) -> Callable[..., Any]:
         if dx.numel():
             axes = trailing(dims)
             mean, rest, rstd = stats.reshape(3, *x.shape[: x.dim() - dims], *(1,) * dims)
-            g = _wide(dy) * (1 if weight is None else weight)
-            xhat = (_wide(x) - mean - rest) * rstd
+            g = wide(dy) * (1 if weight is None else weight)
+            xhat = (wide(x) - mean - rest) * rstd
             kept = g.mean(axes, keepdim=True) if mean_term else xhat * (g * xhat).mean(axes, keepdim=True)
             dx = dx.copy_(rstd * (g - kept))
         return dx, dweight, dbias
@@ -171,22 +112,22 @@ BUGS = {
     "mean without its remainder": Bug(
         LN, _layer_norm(lambda x, a: (x.mean(a, keepdim=True) * (1 + 2**-22), _var(x, a)))
     ),
-    "input strides ignored": Bug(LN, lambda right, x, *rest: _first(right, lambda y: y, _as_if_dense(x), *rest)),
-    "output always contiguous": Bug(LN, lambda right, *args: _first(right, lambda y: y.contiguous(), *args)),
-    "output in fp32": Bug(LN, lambda right, *args: _first(right, _wide, *args)),
-    "last element unwritten": Bug(LN, lambda right, *args: _first(right, lambda y: _partly_written(y, 1), *args)),
+    "input strides ignored": Bug(LN, lambda right, x, *rest: first(right, lambda y: y, as_if_dense(x), *rest)),
+    "output always contiguous": Bug(LN, lambda right, *args: first(right, lambda y: y.contiguous(), *args)),
+    "output in fp32": Bug(LN, lambda right, *args: first(right, wide, *args)),
+    "last element unwritten": Bug(LN, lambda right, *args: first(right, lambda y: partly_written(y, 1), *args)),
     "rows past a 16-bit grid unwritten": Bug(
-        LN, lambda right, *args: _first(right, lambda y: _partly_written(y, max(y.numel() - 65535 * 3, 0)), *args)
+        LN, lambda right, *args: first(right, lambda y: partly_written(y, max(y.numel() - 65535 * 3, 0)), *args)
     ),
-    "writes one past the end of its input": Bug(LN, _overruns),
+    "writes one past the end of its input": Bug(LN, overruns),
     "squares overflow": Bug(RMS, _overflows),
     "mean subtracted": Bug(RMS, lambda right, x, *rest: right(x - x.mean(-1, keepdim=True) if x.numel() else x, *rest)),
     "input rounded to bf16": Bug(RMS, lambda right, x, *rest: right(x.bfloat16().to(x.dtype), *rest)),
     "weight offset by one": Bug(
         RMS, lambda right, x, w, *rest: right(x, w if w is None else w.reshape(-1).roll(1).view_as(w), *rest)
     ),
-    "gradient strides ignored": Bug(LN_BWD, lambda right, dy, *rest: right(_as_if_dense(dy), *rest)),
-    "incoming gradient overwritten": Bug(LN_BWD, _in_place),
+    "gradient strides ignored": Bug(LN_BWD, lambda right, dy, *rest: right(as_if_dense(dy), *rest)),
+    "incoming gradient overwritten": Bug(LN_BWD, in_place),
     "mean(g) dropped": Bug(LN_BWD, _dx_term(mean_term=False)),
     "x^ mean(g x^) dropped": Bug(LN_BWD, _dx_term(mean_term=True)),
     "dweight of 16-bit sums": Bug(LN_BWD, _parameter_gradients(lambda g, x: g.bfloat16().to(g.dtype))),
@@ -207,7 +148,7 @@ BUGS = {
     ),
     "divided by the padded width": Bug(
         RMS_BWD,
-        lambda right, *args: _first(right, lambda dx: dx * (1 + 1 / 16) if dx.shape[-1:] == (33,) else dx, *args),
+        lambda right, *args: first(right, lambda dx: dx * (1 + 1 / 16) if dx.shape[-1:] == (33,) else dx, *args),
     ),
 }
 
