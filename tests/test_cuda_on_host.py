@@ -118,7 +118,7 @@ def test_order_of_threads(library: cuda_on_host.Library, stem: str, device: str)
                 assert_bitwise_equal(a, b, name=f"{shape}, result {i}")
 
 
-# ---- the row norms, op by op -------------------------------------------------------------------------------------------
+# ---- the row norms, op by op -----------------------------------------------------------------------------------------
 
 Ops = dict[str, Callable[..., Any]]
 
