@@ -1,4 +1,4 @@
-"""`python -m bench`: throughput, accuracy, bytes moved and compiled code of every operation."""
+"""`python -m bench`: throughput, accuracy, bytes moved, instructions and compiled code of every operation."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--accuracy", action="store_true", help="errors against float64 instead of times")
     parser.add_argument("--traffic", action="store_true", help="bytes that the Triton kernels load and store")
     parser.add_argument("--static", action="store_true", help="registers, spills, vector widths of compiled GPU code")
+    parser.add_argument("--instructions", action="store_true", help="instructions of one CPU call, under valgrind")
     parser.add_argument("--report", action="store_true", help="write the README's table and docs/benchmarks.md")
     return parser.parse_args()
 
@@ -45,6 +46,11 @@ def main() -> None:
     args = arguments()
     if args.traffic or args.static:
         return gpu_code(list(operations(args.operation)), args.traffic, args.static)
+
+    if args.instructions:
+        from bench import instructions
+
+        return instructions.report(list(operations(args.operation)), args.quick)
 
     from bench import report, run
     from bench.accuracy import errors
