@@ -35,7 +35,7 @@ demo: $$(BUILT) ## train on handwritten digits with torch's parts and with ours:
 
 test: $$(BUILT) ## every check that needs no GPU, and those on the GPU where there is one
 	$(PYTEST) tests $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) $(wildcard tests/test_parity.py tests/test_triton_*.py) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) $(wildcard tests/test_parity.py tests/test_philox.py tests/test_triton_*.py) $(ARGS)
 
 bench: $$(BUILT) ## throughput here; OPS="layer_norm rms_norm" chooses, ARGS="--quick --json F --plot F" passes on
 	$(PY) -m bench $(OPS) $(ARGS)

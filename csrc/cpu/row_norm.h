@@ -92,7 +92,7 @@ inline Normalize<A> measure(const T* x, int64_t columns, A eps) {
     std::tie(d, d2) = moments<Center>(x, columns, shift, scale);
   }
   A rest = d * inverse;
-  const A rstd = scale / std::sqrt(variance(d2, rest, inverse) + eps * scale * scale);
+  const A rstd = rstd_of(variance(d2, rest, inverse), eps, scale);
   rest *= unscale;
   const A mean = shift + rest;
   return {mean, (shift - mean) + rest, rstd};

@@ -13,7 +13,7 @@ struct Moments {
   A mean, rest, variance, scale;
 
   __device__ __forceinline__ Normalize<A> normalize(A eps) const {
-    return {mean, rest, scale / sqrt(variance + eps * scale * scale)};
+    return {mean, rest, rstd_of(variance, eps, scale)};
   }
 };
 

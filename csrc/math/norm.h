@@ -2,6 +2,8 @@
 // Derivation and notation: fusedtricks/ops/layer_norm.py and rms_norm.py.
 #pragma once
 
+#include <cmath>
+
 #include "hd.h"
 
 namespace fusedtricks {
@@ -26,6 +28,13 @@ template <class A>
 FT_HD A variance(A sum_d2, A rest, A inverse_count) {
   A v = sum_d2 * inverse_count - rest * rest;
   return v > A(0) || v != v ? v : A(0);
+}
+
+// rstd of a row that was measured as scale * x, so that its squares do not overflow.
+template <class A>
+FT_HD A rstd_of(A scaled_variance, A eps, A scale) {
+  using std::sqrt;
+  return scale / sqrt(scaled_variance + eps * scale * scale);
 }
 
 // dx = rstd (g - mean(g) - x^ mean(g x^)); without the second term for RMS normalization, where mean_g is 0.
