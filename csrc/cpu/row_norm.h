@@ -104,10 +104,24 @@ inline Normalize<A> measure(const T* x, int64_t columns, A eps) {
 inline constexpr int kMostRows = 4;
 inline int block_rows(int64_t columns) { return columns > 1024 || columns < 128 ? kMostRows : 1; }
 
-// run.operator()<Count>() for a block of `count` rows, four or one.
+// run.operator()<Stream, Count>() for a block of `count` rows, four or one.
 template <class F>
-inline __attribute__((always_inline)) void with_block(int count, const F& run) {
-  count == kMostRows ? run.template operator()<kMostRows>() : run.template operator()<1>();
+inline __attribute__((always_inline)) void with_block(bool stream, int count, const F& run) {
+  if (stream) {
+    count == kMostRows ? run.template operator()<true, kMostRows>() : run.template operator()<true, 1>();
+  } else {
+    count == kMostRows ? run.template operator()<false, kMostRows>() : run.template operator()<false, 1>();
+  }
+}
+
+// Is tensor 0 of `rows`, which begins at `p`, to be streamed? Each of its rows must be aligned to what one store
+// writes.
+template <class T, int K>
+inline bool worth_streaming(const Rows<K>& rows, const T* p, int64_t columns, int64_t tensors) {
+  auto places = reinterpret_cast<uintptr_t>(p);
+  for (int level = 0; level < rows.levels; ++level) places |= rows.stride[0][level] * sizeof(T);
+  return places % (kLanes<Acc<T>> * sizeof(T)) == 0 &&
+         worth_streaming(tensors * rows.count * columns * int64_t{sizeof(T)});
 }
 
 template <bool Center, class A>
@@ -130,7 +144,7 @@ struct ForwardRow {
   Normalize<Acc<T>> n;
 };
 
-template <bool Center, bool Affine, int Count, class T, class A = Acc<T>>
+template <bool Center, bool Affine, bool Stream, int Count, class T, class A = Acc<T>>
 inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* bias, int64_t columns) {
   const T* x[Count];
   T* y[Count];
@@ -145,7 +159,7 @@ inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* b
       auto v = normalized<Center, A>(n[i], load(x[i] + j, lanes));
       if constexpr (Affine) v *= w;
       if constexpr (Affine && Center) v += b;
-      store(y[i] + j, v, lanes);
+      store_or_stream<Stream>(y[i] + j, v, lanes);
     }
   });
 }
@@ -155,6 +169,7 @@ template <bool Center, bool Affine, class T, class A = Acc<T>>
 void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weight, const A* bias, int64_t columns,
                   A eps) {
   const int together = block_rows(columns);
+  const bool stream = worth_streaming(rows, y, columns, 2);
   parallel(rows.count, columns, [&](int64_t begin, int64_t end) {
     typename Rows<3>::Walk at(rows, begin);
     for (int64_t left = end - begin; left > 0;) {
@@ -174,8 +189,11 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
         }
         if (--left > 0) at.next();
       }
-      with_block(count, [&]<int Count>() { normalize_rows<Center, Affine, Count>(block, weight, bias, columns); });
+      with_block(stream, count, [&]<bool Stream, int Count>() {
+        normalize_rows<Center, Affine, Stream, Count>(block, weight, bias, columns);
+      });
     }
+    if (stream) streamed();
   });
 }
 
@@ -252,7 +270,7 @@ inline void project_rows(BackwardRow<T>* row, const A* weight, int64_t columns) 
 }
 
 // dx of the rows, and their part of dweight and dbias in one visit to the sums.
-template <bool Center, bool Dx, bool Parameters, int Count, class T, class A = Acc<T>>
+template <bool Center, bool Dx, bool Parameters, bool Stream, int Count, class T, class A = Acc<T>>
 inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight, A* dbias, int64_t columns) {
   const T *dy[Count], *x[Count];
   T* dx[Count];
@@ -274,7 +292,8 @@ inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight
         if constexpr (Center) db += grad;
       }
       if constexpr (Dx) {
-        store(dx[i] + j, norm_backward<Vec<A>>(grad * w, xhat, n[i].rstd, mean_g[i], mean_gx[i]), lanes);
+        const auto v = norm_backward<Vec<A>>(grad * w, xhat, n[i].rstd, mean_g[i], mean_gx[i]);
+        store_or_stream<Stream>(dx[i] + j, v, lanes);
       }
     }
     if constexpr (Parameters) {
@@ -301,8 +320,10 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
   const Chunks chunks(rows.count);
   const int64_t width = Center ? 2 * columns : columns;
   const int together = block_rows(columns);
+  const bool stream = Dx && worth_streaming(rows, dx, columns, 3);
   parallel(chunks.count, chunks.rows_each * columns, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
+    // Last chunk first: of x and dy the end was written or read most recently, and may still be in a cache.
+    for (int64_t c = end; c-- > begin;) {
       A* dweight = Parameters ? partials + c * width : nullptr;
       A* dbias = Parameters && Center ? dweight + columns : nullptr;
       if (Parameters) std::memset(dweight, 0, static_cast<size_t>(width) * sizeof(A));
@@ -317,9 +338,9 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
           block[i] = {dy + at.offset[2], x + at.offset[1], Dx ? dx + at.offset[0] : nullptr, n, 0, 0};
           if (--left > 0) at.next();
         }
-        with_block(count, [&]<int Count>() {
+        with_block(stream, count, [&]<bool Stream, int Count>() {
           if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
-          backward_rows<Center, Dx, Parameters, Count>(block, weight, dweight, dbias, columns);
+          backward_rows<Center, Dx, Parameters, Dx && Stream, Count>(block, weight, dweight, dbias, columns);
         });
       }
     }

@@ -227,6 +227,49 @@ inline void store(T* p, Vec<Acc<T>> v, Tail t) {
 #endif
 }
 
+// A store past the caches: memory is written without being read first, a third less traffic for a copy. `p` is aligned
+// to what is written. Visible to other threads after `streamed()`.
+template <class T>
+inline void stream(T* p, Vec<Acc<T>> v, Full) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(v, T{}));
+  } else {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(v, T{}));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+  }
+#else
+  store(p, v, Full{});
+#endif
+}
+template <class T>
+inline void stream(T* p, Vec<Acc<T>> v, Tail t) {
+  store(p, v, t);
+}
+
+template <bool Stream, class T, class Lanes>
+inline void store_or_stream(T* p, Vec<Acc<T>> v, Lanes lanes) {
+  if constexpr (Stream) {
+    stream(p, v, lanes);
+  } else {
+    store(p, v, lanes);
+  }
+}
+
+inline void streamed() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// So many bytes, read and written, are in no cache when they are next needed.
+inline bool worth_streaming(int64_t bytes) { return bytes > int64_t{16} << 20; }
+
 // ---- loops ----------------------------------------------------------------------------------------------------------
 
 // f(j, lanes, k) over columns j = begin .. end in steps of one register. k in 0..Unroll-1 names one of several

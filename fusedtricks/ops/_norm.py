@@ -58,7 +58,7 @@ def check(
     try:
         dims = len(shape)
         fine = (
-            0 < dims <= input.ndim
+            dims > 0
             and input.shape[-dims:] == shape
             and not isinstance(shape[-1], float)
             and input.dtype in FLOATS

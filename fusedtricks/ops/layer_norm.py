@@ -130,7 +130,7 @@ def layer_norm(
     """
     dims = _norm.check("layer_norm", input, normalized_shape, weight, bias)
     input, weight, bias = _norm.autocast_fp32(input, weight, bias)
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+    if weight is not None and bias is not None and weight.dtype is not bias.dtype:
         # Kernels write both gradients in one dtype; the casts' own backward rounds each to its parameter's.
         weight, bias = (p.to(_norm.accumulate_dtype(input.dtype)) for p in (weight, bias))
     if transforming():

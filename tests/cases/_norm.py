@@ -29,6 +29,7 @@ SHAPES: dict[str, Shape] = {
     "no rows in a batch": ((2, 0, 8), 1),
     "rows past a block of rows": ((257, 33), 1),
     "65537 narrow rows, past a 16-bit grid": ((65537, 3), 1),
+    "16 MB and more, streamed past the caches": ((4200, 1024), 1),
     "3-D": ((2, 7, 40), 1),
     "4-D": ((2, 3, 4, 18), 1),
     "4-D, images normalised": ((3, 4, 5, 6), 3),
