@@ -54,15 +54,20 @@ def test_opcheck(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("stem", CASES)
 def test_every_back_end_has_the_strides_of_meta(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for op, args in sample_calls(CASES[stem], monkeypatch):
-        meta = op.default(*(_as_meta(a) for a in args))
+        meta = tensors_of(op.default(*(_as_meta(a) for a in args)))
         for backend in op.available():
             if backend != "cuda" and backend != "triton":
-                for real, fake in zip(op.implementation(backend)(*args), meta, strict=True):
+                for real, fake in zip(tensors_of(op.implementation(backend)(*args)), meta, strict=True):
                     said = f"{op.name} {backend}, first argument {args[0].shape} {args[0].stride()}"
                     assert (real.shape, real.dtype) == (fake.shape, fake.dtype), said
                     assert real.stride() == fake.stride() or real.numel() <= 1, (
                         f"{said}: {real.stride()}, {fake.stride()}"
                     )
+
+
+def tensors_of(result: Any) -> tuple[Tensor, ...]:
+    """What an operator returned; nothing where it works in place."""
+    return () if result is None else outputs(result)
 
 
 def _as_meta(a: Any) -> Any:
