@@ -209,6 +209,19 @@ inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x, co
       op, ": the statistics must be those that the forward returned");
 }
 
+// ---- dropout: what every launcher checks
+// -----------------------------------------------------------------------------
+
+inline void check_dropout(const char* op, const Tensor& x, const Tensor& seed, int64_t keep, int64_t group) {
+  check_floating(op, "input", x.scalar_type());
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1 && seed.is_cuda() == x.is_cuda(), op,
+                  ": the seed must be one int64 on the device of the input");
+  STD_TORCH_CHECK(keep >= 0 && keep <= 65536, op, ": keep must be 0 to 65536, got ", keep);
+  int64_t trailing = 1;
+  for (int64_t d = x.dim(); trailing != group && d > 0;) trailing *= x.size(--d);
+  STD_TORCH_CHECK(trailing == group || x.numel() == 0, op, ": a group must be some trailing dimensions, got ", group);
+}
+
 // Strides of the leading dimensions of a plain tensor of one element per row.
 inline std::array<int64_t, 64> row_major(const Tensor& x, int64_t dims) {
   std::array<int64_t, 64> strides;

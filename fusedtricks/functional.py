@@ -1,4 +1,8 @@
 """Drop-in counterparts of torch.nn.functional."""
 
+from fusedtricks.ops.dropout import dropout as dropout
+from fusedtricks.ops.dropout import dropout1d as dropout1d
+from fusedtricks.ops.dropout import dropout2d as dropout2d
+from fusedtricks.ops.dropout import dropout3d as dropout3d
 from fusedtricks.ops.layer_norm import layer_norm as layer_norm
 from fusedtricks.ops.rms_norm import rms_norm as rms_norm

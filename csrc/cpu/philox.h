@@ -19,7 +19,7 @@ struct MultiplyLanes {
   };
   inline __attribute__((always_inline)) Product operator()(Lanes64 a, uint32_t b) const {
 #if defined(__AVX512F__)
-    const auto product = (Lanes64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+    const auto product = (Lanes64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
 #elif defined(__AVX2__)
     const auto product = (Lanes64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #elif defined(__SSE2__)
@@ -36,8 +36,8 @@ struct MultiplyLanes {
 // {a[0], b[0], a[2], b[2], ...} and {a[1], b[1], a[3], b[3], ...}.
 inline __attribute__((always_inline)) void zip(Lanes64 a, Lanes64 b, Lanes64& even, Lanes64& odd) {
 #if defined(__AVX512F__)
-  even = (Lanes64)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
-  odd = (Lanes64)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
+  even = (Lanes64)_mm512_maskz_unpacklo_epi64(0xff, (__m512i)a, (__m512i)b);
+  odd = (Lanes64)_mm512_maskz_unpackhi_epi64(0xff, (__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   even = (Lanes64)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
   odd = (Lanes64)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
@@ -80,17 +80,25 @@ constexpr int64_t random_room(int64_t count) {
   return (count + kOfBlock<U> - 1 + step - 1) / step * step;
 }
 
-template <class U>
-inline U* random_elements(uint64_t seed, int64_t first, int64_t count, U* to, uint32_t stream = 0) {
+// each(i) is called before the bits from `to[i]` on are drawn: a place to ask for memory that is needed next.
+template <class U, class F>
+inline __attribute__((always_inline)) U* random_elements(uint64_t seed, int64_t first, int64_t count, U* to,
+                                                         uint32_t stream, const F& each) {
   constexpr int64_t step = kRandomBlocks * kOfBlock<U>;
   const int64_t skip = first % kOfBlock<U>;
   auto block = static_cast<uint64_t>(first / kOfBlock<U>);
   for (int64_t i = 0; i < skip + count; i += step, block += kRandomBlocks) {
+    each(i);
     Lanes64 bits[2 * kRandomChains];
     random_blocks(seed, block, stream, bits);
     std::memcpy(to + i, bits, sizeof bits);
   }
   return to + skip;
+}
+
+template <class U>
+inline U* random_elements(uint64_t seed, int64_t first, int64_t count, U* to, uint32_t stream = 0) {
+  return random_elements(seed, first, count, to, stream, [](int64_t) {});
 }
 
 }  // namespace fusedtricks::FT_ISA
