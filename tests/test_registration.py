@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -22,20 +23,21 @@ def sample_calls(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Op, 
     """Operators with their arguments, as the public function calls them over layouts, absent and frozen tensors."""
     calls, run = [], Op.__call__
     monkeypatch.setattr(Op, "__call__", lambda op, *args: calls.append((op, args)) or run(op, *args))
-    size, *rest = case.shapes[case.layout_shapes[-1]]
-    for layout in LAYOUTS:
-        for absent in subsets(case.optional):
-            for frozen in subsets([name for name in case.floating if name not in absent]):
-                if layout != "plain" and (absent or frozen):
-                    continue
-                tensors = [
-                    None if name in absent else Guarded(cast(t, torch.float32), layout if i == 0 else "plain").tensor
-                    for i, (name, t) in enumerate(zip(case.names, case.inputs(size, *rest), strict=True))
-                ]
-                wanted = [i for i, n in enumerate(case.names) if n not in (*absent, *frozen, *case.fixed)]
-                ys = outputs(case.call(case.torch_fn, tensors, *rest))
-                dys = [Guarded(y, layout if y.dim() >= 2 else "plain").tensor for y in ys]
-                forward_backward(case, case.fn, tensors, wanted, dys, *rest)
+    every = itertools.product(LAYOUTS, subsets(case.optional), [*case.layout_shapes])
+    for layout, absent, shape in every:
+        size, *rest = case.shapes[shape]
+        for frozen in subsets([name for name in case.floating if name not in absent]):
+            last = shape == case.layout_shapes[-1]
+            if (absent or frozen or not last) and (layout != "plain" or (not last and (absent or frozen))):
+                continue
+            tensors = [
+                None if name in absent else Guarded(cast(t, torch.float32), layout if i == 0 else "plain").tensor
+                for i, (name, t) in enumerate(zip(case.names, case.inputs(size, *rest), strict=True))
+            ]
+            wanted = [i for i, n in enumerate(case.names) if n not in (*absent, *frozen, *case.fixed)]
+            ys = outputs(case.call(case.torch_fn, tensors, *rest))
+            dys = [Guarded(y, layout if y.dim() >= 2 else "plain").tensor for y in ys]
+            forward_backward(case, case.fn, tensors, wanted, dys, *rest)
     monkeypatch.undo()
     return calls
 
@@ -85,7 +87,7 @@ def compiled_and_eager(
         None if name in absent else Guarded(cast(t, torch.float32), layout if i == 0 else "plain").tensor
         for i, (name, t) in enumerate(zip(case.names, case.inputs(size, *rest), strict=True))
     ]
-    wanted = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
+    wanted = [i for i, name in enumerate(case.names) if name not in (*absent, *case.fixed)]
     dys = [torch.randn(y.shape) for y in outputs(case.call(case.torch_fn, tensors, *rest))]
     torch._dynamo.reset()
     compiled = torch.compile(lambda t: case.call(case.fn, t, *rest), fullgraph=True, **options)
