@@ -52,18 +52,22 @@ inline void check_floating(const char* op, const char* name, ScalarType t) {
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
+inline Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype, const Tensor& where) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(where.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                         static_cast<int32_t>(dtype), device_type,
+                                                         where.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 // A plain (row-major) tensor on the device of `where`.
 inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& where) {
   std::array<int64_t, 64> strides;
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(where.get(), &device_type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), static_cast<int32_t>(dtype), device_type,
-                                                         where.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_strided(sizes, strides.data(), dtype, where);
 }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& where) {
@@ -73,6 +77,11 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
 // Strides as torch.empty_like gives them: those of `t` where it is dense.
 inline Tensor empty_like(const Tensor& t) {
   return t.is_contiguous() ? empty(t.sizes(), t.scalar_type(), t) : torch::stable::empty_like(t);
+}
+
+inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
+  if (t.is_contiguous()) return empty(t.sizes(), dtype, t);
+  return empty_strided(t.sizes(), torch::stable::empty_like(t).strides().data(), dtype, t);
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,60 @@
+// What mixup and cutmix share on the CPU: the cycles of a permutation, and batches as samples in memory order.
+#pragma once
+
+#include <vector>
+
+#include "parallel.h"
+
+namespace fusedtricks::FT_ISA {
+
+inline void check_permutation(const char* op, const Tensor& x, const Tensor& perm) {
+  STD_TORCH_CHECK(x.dim() > 0 && perm.dim() == 1 && perm.size(0) == x.size(0) &&
+                      perm.scalar_type() == ScalarType::Long && perm.is_contiguous() && !perm.is_cuda(),
+                  op, ": perm must be int64, contiguous, one for each sample");
+}
+
+// The samples in the order in which the cycles of a permutation pass them, so that the partner of one is the next, and
+// of the last of a cycle the first. A sample is then in the cache when it is needed again, and mixing in place needs a
+// copy of the first of a cycle alone.
+struct Cycles {
+  std::vector<int64_t> order;
+  std::vector<int64_t> start;  // in `order`; one more than there are cycles
+
+  Cycles(const char* op, const Tensor& perm) {
+    const int64_t N = perm.size(0);
+    const auto* p = static_cast<const int64_t*>(perm.const_data_ptr());
+    std::vector<bool> seen(static_cast<size_t>(N), false);
+    order.reserve(static_cast<size_t>(N));
+    for (int64_t first = 0; first < N; ++first) {
+      if (seen[static_cast<size_t>(first)]) continue;
+      start.push_back(static_cast<int64_t>(order.size()));
+      for (int64_t i = first;;) {
+        seen[static_cast<size_t>(i)] = true;
+        order.push_back(i);
+        i = p[i];
+        STD_TORCH_CHECK(i >= 0 && i < N && (i == first || !seen[static_cast<size_t>(i)]), op,
+                        ": perm is not a permutation of 0 to ", N - 1);
+        if (i == first) break;
+      }
+    }
+    start.push_back(N);
+  }
+};
+
+// Two batches of one shape: runs of unit stride inside a sample, at the same places of every sample.
+struct Samples {
+  Rows<2> rows;  // the runs of a sample, in y and x
+  int64_t count, run = 1, y_stride, x_stride;
+  bool unit = true;
+
+  Samples(const Tensor& y, const Tensor& x) : count(x.size(0)), y_stride(y.stride(0)), x_stride(x.stride(0)) {
+    rows = collapse_rows<2>(x.dim() - 1, x.sizes().data() + 1, {y.strides().data() + 1, x.strides().data() + 1});
+    if (rows.levels == 0) return;
+    const int last = --rows.levels;
+    run = rows.size[last];
+    rows.count /= run;
+    unit = rows.stride[0][last] == 1 && rows.stride[1][last] == 1;
+  }
+};
+
+}  // namespace fusedtricks::FT_ISA
