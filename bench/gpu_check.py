@@ -1,7 +1,7 @@
 """`make gpu-check`: every check that needs a GPU, stage by stage, with the machine's own torch and no network.
 
 GPU_CHECK names the stages: build parity graphs sync determinism sanitizer bench; default: all. `sanitizer:memcheck` is
-one tool, `bench:layer_norm` one operation. No stage takes ten minutes; `bench` is a stage for each operation.
+one tool, `bench:layer_norm` one operation. No stage takes ten minutes: `parity` and `bench` are one for each operation.
 GPU_CHECK_OUT is the folder for summary.json, a log for each stage and the figures; default: out/gpu-check.
 """
 
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("build", "parity", "graphs", "sync", "determinism", "sanitizer", "bench")
@@ -47,9 +48,10 @@ def pytest(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "--device", "cuda", *arguments]
 
 
-def operations() -> list[str]:
-    command = [sys.executable, "-c", "import bench; print(*bench.operations())"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+def ask(program: str) -> Any:
+    """What a Python program prints, as JSON; it sees the package, bench and the tests."""
+    command = [sys.executable, "-c", f"import json, bench; print(json.dumps({program}))"]
+    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 def build() -> list[Stage]:
@@ -66,9 +68,13 @@ def link() -> str:
     return "ln -sfn ../triton_kernels fusedtricks/triton_kernels"
 
 
-def parity() -> list[Stage]:
+def parity(wanted: str = "") -> list[Stage]:
+    """The sweep of each operation; for one that is no function of tensors, the files that test it."""
     spread = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    return [Stage("parity", pytest(*spread, "tests/test_parity.py"))]
+    stages = {stem: ["tests/test_parity.py", "-k", f"[{stem}-"] for stem in ask("[*__import__('cases').CASES]")}
+    for stem, files in ask("__import__('cases').TESTED").items():
+        stages[stem] = [f"tests/{name}" for name in files]
+    return [Stage(f"parity:{s}", pytest(*spread, *a)) for s, a in stages.items() if wanted in ("", s)]
 
 
 def of_test_gpu(name: str) -> Callable[[], list[Stage]]:
@@ -96,11 +102,13 @@ def bench(stem: str) -> Stage:
 
 
 def stages(wanted: list[str]) -> Iterator[Stage]:
-    makers = {"build": build, "parity": parity, "sanitizer": sanitizer}
+    makers = {"build": build, "sanitizer": sanitizer}
     for name in wanted:
         stage, _, choice = name.partition(":")
         if stage == "bench":
-            yield from map(bench, [choice] if choice else operations())
+            yield from map(bench, [choice] if choice else ask("[*bench.operations()]"))
+        elif stage == "parity":
+            yield from parity(choice)
         elif stage == "sanitizer" and choice:
             yield from sanitizer((choice,))
         else:
