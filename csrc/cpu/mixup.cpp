@@ -6,7 +6,7 @@
 namespace fusedtricks::FT_ISA {
 
 // Elements of a sample dealt with at once: of three samples they fit the first-level cache.
-inline constexpr int64_t kMostColumns = 2048;
+inline constexpr int64_t kMostColumns = 1024;
 
 template <class T>
 struct Of {
@@ -19,7 +19,11 @@ inline __attribute__((always_inline)) Vec<float> load_pixels(const uint8_t* p, i
   typedef uint8_t Bytes __attribute__((vector_size(kLanes<float>)));
   Bytes bytes{};
   std::memcpy(&bytes, p, static_cast<size_t>(count));
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)bytes));
+#else
   return __builtin_convertvector(__builtin_convertvector(bytes, Vec<int32_t>), Vec<float>);
+#endif
 }
 template <>
 struct Of<uint8_t> {
@@ -30,15 +34,49 @@ struct Of<uint8_t> {
   inline static __attribute__((always_inline)) Vec<float> read(const uint8_t* p, Tail t) { return load_pixels(p, t.n); }
 };
 
+// Batches from this size on are streamed past the caches, which could not hold them for whoever reads them next: the
+// processor then need not read y before writing it.
+inline constexpr int64_t kStreamedBytes = 32 << 20;
+
+template <class U, class V>
+inline __attribute__((always_inline)) void stream(U* y, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(U) == 2) return _mm256_stream_si256(reinterpret_cast<__m256i*>(y), (__m256i)narrow(v, U{}));
+  if constexpr (sizeof(U) == 4) return _mm512_stream_ps(y, (__m512)v);
+  if constexpr (sizeof(U) == 8) return _mm512_stream_pd(y, (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(U) == 2) return _mm_stream_si128(reinterpret_cast<__m128i*>(y), (__m128i)narrow(v, U{}));
+  if constexpr (sizeof(U) == 4) return _mm256_stream_ps(y, (__m256)v);
+  if constexpr (sizeof(U) == 8) return _mm256_stream_pd(y, (__m256d)v);
+#else
+  store(y, v, Full{});
+#endif
+}
+
 // y = affine(of_own x + of_partner partner) of `count` elements. y may be x.
-template <bool Affine, class T, class U, class A = typename Of<T>::A>
-inline void mix(const T* own, const T* partner, U* y, int64_t count, A of_own, A of_partner, const A* scale,
-                const A* shift) {
+// `next` is read next: it travels meanwhile.
+template <bool Affine, bool Streamed, class T, class U, class A = typename Of<T>::A>
+inline void mix_elements(const T* own, const T* partner, U* y, int64_t count, A of_own, A of_partner, const A* scale,
+                         const A* shift, const T* next) {
   sweep<A>(0, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
     Vec<A> v = mixed(Vec<A>(Of<T>::read(own + j, lanes)), Vec<A>(Of<T>::read(partner + j, lanes)), of_own, of_partner);
     if constexpr (Affine) v = v * load(scale + j, lanes) + load(shift + j, lanes);
-    store(y + j, v, lanes);
+    __builtin_prefetch(next + j);
+    if constexpr (Streamed && std::is_same_v<decltype(lanes), Full>) {
+      stream(y + j, v);
+    } else {
+      store(y + j, v, lanes);
+    }
   });
+}
+
+template <bool Affine, class T, class U, class A = typename Of<T>::A>
+inline void mix(const T* own, const T* partner, U* y, int64_t count, A of_own, A of_partner, const A* scale,
+                const A* shift, const T* next, bool streamed) {
+  if (streamed && reinterpret_cast<uintptr_t>(y) % kVecBytes == 0) {
+    return mix_elements<Affine, true>(own, partner, y, count, of_own, of_partner, scale, shift, next);
+  }
+  mix_elements<Affine, false>(own, partner, y, count, of_own, of_partner, scale, shift, next);
 }
 
 // The affine map of each column of a sample in memory order: column j is of channel (j / inner) % channels.
@@ -48,9 +86,10 @@ struct Channels {
   int64_t count = 1, inner = 1;
 
   void spread(int64_t first, int64_t columns, float* scales, float* shifts) const {
+    int64_t c = first / inner % count, left = inner - first % inner;
     for (int64_t j = 0; j < columns; ++j) {
-      const int64_t c = (first + j) / inner % count;
       scales[j] = scale[c], shifts[j] = shift[c];
+      if (--left == 0) c = c + 1 == count ? 0 : c + 1, left = inner;
     }
   }
 };
@@ -62,6 +101,7 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
                  const Channels& channels) {
   const int64_t columns = std::min(s.run, kMostColumns), chunks = (s.run + columns - 1) / columns;
   const int64_t of_sample = s.rows.count * chunks;
+  const bool streamed = !in_place && s.count * s.rows.count * s.run * static_cast<int64_t>(sizeof(U)) >= kStreamedBytes;
   auto weight = [&](int64_t i) { return lam[one_lam ? 0 : i]; };
 
   // Positions [begin, end) of cycle c, of columns that start at `from` and `to` in a sample.
@@ -76,11 +116,13 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
                     j = last ? first : cycles.order[static_cast<size_t>(k) + 1];
       const T* at_i = from + i * s.x_stride;
       const T* at_j = in_place && last ? saved : from + j * s.x_stride;
+      const int64_t after = k + 2 < end ? cycles.order[static_cast<size_t>(k) + 2] : j;
+      const T* next = from + after * s.x_stride;
       const A rest = A(1) - weight(i);
       if constexpr (Transposed) {
-        mix<Affine>(at_j, at_i, to + j * s.y_stride, count, weight(j), rest, scale, shift);
+        mix<Affine>(at_j, at_i, to + j * s.y_stride, count, weight(j), rest, scale, shift, next, streamed);
       } else {
-        mix<Affine>(at_i, at_j, to + i * s.y_stride, count, weight(i), rest, scale, shift);
+        mix<Affine>(at_i, at_j, to + i * s.y_stride, count, weight(i), rest, scale, shift, next, streamed);
       }
     }
   };
@@ -104,6 +146,9 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
       }
       item += in_place ? 1 : k1 - k0;
     }
+#if defined(__x86_64__)
+    if (streamed) _mm_sfence();
+#endif
   });
 }
 
