@@ -1,5 +1,6 @@
 """Drop-in counterparts of torch.nn.functional."""
 
+from fusedtricks.ops.cutmix import cutmix as cutmix
 from fusedtricks.ops.dropout import dropout as dropout
 from fusedtricks.ops.dropout import dropout1d as dropout1d
 from fusedtricks.ops.dropout import dropout2d as dropout2d
@@ -7,3 +8,4 @@ from fusedtricks.ops.dropout import dropout3d as dropout3d
 from fusedtricks.ops.layer_norm import layer_norm as layer_norm
 from fusedtricks.ops.mixup import mixup as mixup
 from fusedtricks.ops.rms_norm import rms_norm as rms_norm
+from fusedtricks.ops.shake_shake import shake_shake as shake_shake

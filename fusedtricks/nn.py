@@ -1,8 +1,11 @@
 """Drop-in counterparts of torch.nn."""
 
+from fusedtricks.ops.cutmix import CutMix as CutMix
 from fusedtricks.ops.dropout import Dropout as Dropout
 from fusedtricks.ops.dropout import Dropout1d as Dropout1d
 from fusedtricks.ops.dropout import Dropout2d as Dropout2d
 from fusedtricks.ops.dropout import Dropout3d as Dropout3d
 from fusedtricks.ops.layer_norm import LayerNorm as LayerNorm
+from fusedtricks.ops.mixup import Mixup as Mixup
 from fusedtricks.ops.rms_norm import RMSNorm as RMSNorm
+from fusedtricks.ops.shake_shake import ShakeShake as ShakeShake

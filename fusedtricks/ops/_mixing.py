@@ -65,10 +65,101 @@ def inverse(perm: Tensor) -> Tensor:
     return torch.empty_like(perm).scatter_(0, perm, torch.arange(perm.numel(), device=perm.device))
 
 
-def mixed_target(target: Tensor | None, lam: Tensor, perm: Tensor, mix: Callable[[Tensor], Tensor]) -> Any:
-    """A MixedTarget of class indices; one-hot and probability targets are mixed themselves."""
-    if target is None:
-        return None
-    if target.is_floating_point():
-        return mix(target)
-    return MixedTarget(target, target[perm], lam)
+def unmixed(target: Tensor, x: Tensor) -> Any:
+    """The target of a batch that is left as it is."""
+    return target if target.is_floating_point() else MixedTarget(target, target, torch.ones((), device=x.device))
+
+
+def check_in_place(name: str, x: Tensor) -> None:
+    """What torch refuses, before anything is written."""
+    if x.requires_grad and torch.is_grad_enabled():
+        base = x._base if x._is_view() else x
+        if base is not None and base.is_leaf and base.requires_grad:
+            kind = "leaf Variable" if base is x else "view of a leaf Variable"
+            raise RuntimeError(f"a {kind} that requires grad is being used in an in-place operation.")
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise RuntimeError(
+            f"{name}: unsupported operation: more than one element of the written-to tensor refers to a single memory "
+            "location. Please clone() the tensor before performing the operation."
+        )
+
+
+class Mixing(torch.nn.Module):
+    """What the modules Mixup and CutMix share: when and with whom a batch is mixed."""
+
+    PARTNERS = ("random", "flip", "same_class")
+
+    def __init__(
+        self, alpha: float, per_sample: bool, fold: bool, prob: float, partner: str, generator: torch.Generator | None
+    ):
+        super().__init__()
+        if not alpha > 0:
+            raise ValueError(f"{type(self).__name__}: expected alpha > 0, but got {alpha}")
+        if not 0 <= prob <= 1:
+            raise ValueError(f"{type(self).__name__}: expected prob in [0, 1], but got {prob}")
+        if partner not in self.PARTNERS:
+            raise ValueError(
+                f"{type(self).__name__}: expected partner to be one of {', '.join(self.PARTNERS)}, but got {partner!r}"
+            )
+        self.alpha, self.per_sample, self.fold, self.prob, self.partner = alpha, per_sample, fold, prob, partner
+        self.generator = generator
+        self.warmup = 0
+
+    def set_warmup(self, batches: int) -> None:
+        """Leave the next `batches` batches of training plain: their lam is 1."""
+        self.warmup = batches
+
+    def extra_repr(self) -> str:
+        return (
+            f"alpha={self.alpha}, per_sample={self.per_sample}, fold={self.fold}, prob={self.prob}, "
+            f"partner={self.partner!r}"
+        )
+
+    def plain(self) -> bool:
+        """Is this batch one of the warm-up? Counts it."""
+        self.warmup, plain = max(self.warmup - 1, 0), self.warmup > 0
+        return plain
+
+    def draw_lam(self, x: Tensor, alpha: float) -> Tensor:
+        """lam ~ Beta(alpha, alpha), fp32, drawn on the device of x: () or (N,)."""
+        shape = (x.shape[0],) if self.per_sample else ()
+        concentration = torch.full((*shape, 2), alpha, device=x.device)
+        lam = torch._sample_dirichlet(concentration, generator=self.generator)[..., 0].clamp(0, 1)
+        if self.fold:
+            lam = torch.maximum(lam, 1 - lam)
+        if self.prob < 1:
+            mixes = torch.rand(shape, device=x.device, generator=self.generator) < self.prob
+            lam = torch.where(mixes, lam, 1.0)
+        return lam
+
+    def draw_perm(self, x: Tensor, target: Any) -> Tensor:
+        N = x.shape[0]
+        if self.partner == "flip":
+            return torch.arange(N, device=x.device).flip(0)
+        if self.partner == "random":
+            return torch.randperm(N, device=x.device, generator=self.generator)
+        if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != (N,):
+            raise RuntimeError(f"{type(self).__name__}: partners of the same class need class indices of shape ({N},)")
+        return same_class(target, self.generator)
+
+    def draw_once(self, prob: float) -> bool:
+        """True with probability `prob`, decided on the host by its own generator, so without a sync."""
+        host = self.generator if self.generator is not None and self.generator.device.type == "cpu" else None
+        return bool(torch.rand((), generator=host) < prob)
+
+
+def same_class(target: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A permutation that gives each sample a random one of its class, never itself where the class has two."""
+    N = target.shape[0]
+    shuffled = torch.randperm(N, device=target.device, generator=generator)
+    order = shuffled[torch.argsort(target[shuffled], stable=True)]
+    labels = target[order].contiguous()
+    first, end = torch.searchsorted(labels, labels), torch.searchsorted(labels, labels, right=True)
+    following = torch.arange(1, N + 1, device=target.device)
+    following = torch.where(following < end, following, first)
+    return torch.empty_like(order).scatter_(0, order, order[following])
+
+
+def each(x: Any, mix: Callable[[Tensor], Tensor]) -> Any:
+    """`mix` of a tensor, or of every tensor of a tuple or list."""
+    return type(x)(mix(t) for t in x) if isinstance(x, (tuple, list)) else mix(x)

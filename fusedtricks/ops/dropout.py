@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedtricks._op import Op, transforming
 from fusedtricks.ops import _norm
+from fusedtricks.ops._mixing import check_in_place
 from fusedtricks.ops._philox import new_seed, random16
 
 # Element i of x, counted in row-major order whatever the strides, belongs to group i // group, and is kept if the 16
@@ -97,16 +98,8 @@ def _dropout(
         if input.is_complex():
             return torch.nn.functional.dropout(input, p, training, inplace)
         raise RuntimeError(f"dropout: expected an input of a floating dtype, but got {input.dtype}")
-    if inplace and input.requires_grad and torch.is_grad_enabled():
-        base = input._base if input._is_view() else input
-        if base is not None and base.is_leaf and base.requires_grad:  # autograd would say so after the fact
-            kind = "leaf Variable" if base is input else "view of a leaf Variable"
-            raise RuntimeError(f"a {kind} that requires grad is being used in an in-place operation.")
-    if inplace and any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
-        raise RuntimeError(
-            "dropout: unsupported operation: more than one element of the written-to tensor refers to a single memory "
-            "location. Please clone() the tensor before performing the operation."
-        )
+    if inplace:
+        check_in_place("dropout", input)
     if p == 1:
         return input.zero_() if inplace else torch.where(input.new_zeros((), dtype=torch.bool), input, 0.0)
     return run(input, new_seed(input.device, generator), keep_of(p), group, inplace)

@@ -151,25 +151,18 @@ def mixup(
         if out is not None and out is not x:
             raise ValueError("mixup: out, where it is given, must be x itself")
         if out is not None:
-            check_in_place("mixup", x)
+            _mixing.check_in_place("mixup", x)
         mixed = run(x, lam, perm, inplace=out is not None)
-    return mixed, _mixing.mixed_target(
-        target, lam, perm, lambda t: run(t, lam.to(_norm.accumulate_dtype(t.dtype)), perm)
-    )
+    return mixed, mix_target(target, lam, perm)
 
 
-def check_in_place(name: str, x: Tensor) -> None:
-    """What torch refuses, before anything is written."""
-    if x.requires_grad and torch.is_grad_enabled():
-        base = x._base if x._is_view() else x
-        if base is not None and base.is_leaf and base.requires_grad:
-            kind = "leaf Variable" if base is x else "view of a leaf Variable"
-            raise RuntimeError(f"a {kind} that requires grad is being used in an in-place operation.")
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise RuntimeError(
-            f"{name}: unsupported operation: more than one element of the written-to tensor refers to a single memory "
-            "location. Please clone() the tensor before performing the operation."
-        )
+def mix_target(target: Tensor | None, lam: Tensor, perm: Tensor) -> MixedTarget | Tensor | None:
+    """A MixedTarget of class indices; one-hot and probability targets are mixed themselves."""
+    if target is None:
+        return None
+    if target.is_floating_point():
+        return run(target, lam.to(_norm.accumulate_dtype(target.dtype)), perm)
+    return MixedTarget(target, target[perm], lam)
 
 
 def _mixup_images(
@@ -195,3 +188,55 @@ def _mixup_images(
     scale, shift = 1 / (255 * std), -mean / std
     scale, shift = (v.to(device=x.device, dtype=torch.float32, non_blocking=True) for v in (scale, shift))
     return mixup_fwd(x, lam.contiguous(), perm.contiguous(), scale, shift, dtype)
+
+
+class Mixup(_mixing.Mixing):
+    """Mixes every batch in training with a permutation of itself: x, target -> mixed, target. See :func:`mixup`.
+
+    In eval, and in the warm-up that `set_warmup(batches)` asks for, x is returned as it is and the target as
+    MixedTarget(target, target, 1). lam ~ Beta(alpha, alpha) and the permutation are drawn on the device of x; nothing
+    is copied to the host.
+
+    Args:
+        alpha: of the Beta distribution, positive.
+        per_sample: a lam for each sample instead of one for the batch.
+        fold: lam = max(lam, 1 - lam), so that a sample outweighs its partner.
+        prob: with which a batch (or a sample, with per_sample) is mixed at all; else its lam is 1.
+        partner: "random", "flip" (sample i with N - 1 - i) or "same_class" (class indices of shape (N,)).
+        cutmix_alpha: not None: batches are also given to :func:`cutmix`, with lam ~ Beta(cutmix_alpha, cutmix_alpha).
+        switch_prob: with which a batch is, where cutmix_alpha is given. Decided on the host, from torch's CPU generator
+            or `generator` if that is on the CPU.
+        generator: where everything else is drawn, on the device of x; default: torch's own.
+
+    x may be a tuple or a list of tensors of one batch, which are then mixed by the same draw.
+
+    Source: Zhang et al. 2018, section 2; timm's Mixup for the options.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.2,
+        *,
+        per_sample: bool = False,
+        fold: bool = False,
+        prob: float = 1.0,
+        partner: str = "random",
+        cutmix_alpha: float | None = None,
+        switch_prob: float = 0.5,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(alpha, per_sample, fold, prob, partner, generator)
+        self.cutmix_alpha, self.switch_prob = cutmix_alpha, switch_prob
+
+    def forward(self, x: Any, target: Tensor) -> tuple[Any, Any]:
+        first = x[0] if isinstance(x, (tuple, list)) else x
+        if not self.training or self.plain():
+            return x, _mixing.unmixed(target, first)
+        perm = self.draw_perm(first, target)
+        if self.cutmix_alpha is not None and self.draw_once(self.switch_prob):
+            from fusedtricks.ops import cutmix  # which itself needs mixup, for its targets
+
+            return cutmix.mix_all(x, target, self.draw_lam(first, self.cutmix_alpha), perm, self.generator)
+        lam = self.draw_lam(first, self.alpha)
+        mixed = _mixing.each(x, lambda t: mixup(t, None, lam, perm)[0])
+        return mixed, mix_target(target, lam, perm)

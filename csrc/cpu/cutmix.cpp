@@ -1,0 +1,163 @@
+// cutmix on the CPU. Bytes that must move, for n elements of s bytes: 2ns each way.
+#include <cstring>
+
+#include "mixing.h"
+
+namespace fusedtricks::FT_ISA {
+
+// Images as (N, planes, H, line): a line is a row of pixels, `pixel` elements each. Channels that lie innermost are
+// part of the pixel.
+struct Images {
+  int64_t N, planes = 1, H, W, pixel = 1;
+
+  explicit Images(const Tensor& x) : N(x.size(0)), H(x.size(x.dim() - 2)), W(x.size(x.dim() - 1)) {
+    const int64_t rest = x.numel() / std::max<int64_t>(N * H * W, 1);
+    (x.is_contiguous() ? planes : pixel) = rest;
+  }
+
+  int64_t line() const { return W * pixel; }
+  int64_t plane() const { return H * line(); }
+  int64_t sample() const { return planes * plane(); }
+
+  // Dense with one channel dimension innermost, as channels_last.
+  static bool interleaved(const Tensor& x) {
+    if (x.dim() != 4) return false;
+    const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+    auto is = [&](int64_t d, int64_t stride) { return x.size(d) == 1 || x.stride(d) == stride; };
+    return is(1, 1) && is(3, C) && is(2, C * W) && is(0, C * W * H);
+  }
+};
+
+struct Box {
+  int64_t top, bottom, left, right;
+
+  Box(const int64_t* edges, const Images& images)
+      : top(std::clamp<int64_t>(edges[0], 0, images.H)),
+        bottom(std::clamp<int64_t>(edges[1], top, images.H)),
+        left(std::clamp<int64_t>(edges[2], 0, images.W)),
+        right(std::clamp<int64_t>(edges[3], left, images.W)) {}
+};
+
+void check_cut(const char* op, const Tensor& x, const Tensor& perm, const Tensor& box) {
+  check_permutation(op, x, perm);
+  STD_TORCH_CHECK(x.dim() >= 3, op, ": expected images (N, *, H, W)");
+  STD_TORCH_CHECK(box.dim() == 2 && box.size(1) == 4 && (box.size(0) == 1 || box.size(0) == x.size(0)) &&
+                      box.scalar_type() == ScalarType::Long && box.is_contiguous() && !box.is_cuda(),
+                  op, ": box must be int64, contiguous, (1, 4) or (N, 4)");
+}
+
+// run(x, y) on x and y themselves where they are plain or interleaved, else on plain copies.
+template <class F>
+Tensor on_images(const Tensor& x, const F& run) {
+  auto y = fusedtricks::empty_like(x);
+  if (x.numel() == 0) return y;
+  if (x.is_contiguous() || Images::interleaved(x)) {
+    run(x, y);
+    return y;
+  }
+  const Tensor plain = torch::stable::contiguous(x), mixed = empty(x.sizes(), x.scalar_type(), x);
+  run(plain, mixed);
+  torch::stable::copy_(y, mixed);
+  return y;
+}
+
+// f.operator()<T>() with an unsigned integer of the element's size: elements are only moved.
+template <class F>
+void dispatch_size(const char* op, const Tensor& x, const F& f) {
+  switch (x.element_size()) {
+    case 1:
+      return f.template operator()<uint8_t>();
+    case 2:
+      return f.template operator()<uint16_t>();
+    case 4:
+      return f.template operator()<uint32_t>();
+    case 8:
+      return f.template operator()<uint64_t>();
+    default:
+      STD_TORCH_CHECK(false, op, ": unsupported dtype ", torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+template <class T>
+inline T* copy(const T* from, int64_t count, T* to) {
+  if (count > 0) std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
+  return to;
+}
+
+Tensor cutmix_fwd(const Tensor& x, const Tensor& perm, const Tensor& box) {
+  check_cut("cutmix_fwd", x, perm, box);
+  const Cycles cycles("cutmix_fwd", perm);
+  return on_images(x, [&](const Tensor& from, const Tensor& to) {
+    const Images images(from);
+    const auto* partner = static_cast<const int64_t*>(perm.const_data_ptr());
+    const auto* edges = static_cast<const int64_t*>(box.const_data_ptr());
+    dispatch_size("cutmix_fwd", x, [&]<class T>() {
+      const T* source = static_cast<const T*>(from.const_data_ptr());
+      T* target = static_cast<T*>(to.mutable_data_ptr());
+      parallel(images.N * images.planes, images.plane(), [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t i = item / images.planes, offset = item % images.planes * images.plane();
+          const Box b(edges + (box.size(0) == 1 ? 0 : 4 * i), images);
+          const T* own = source + i * images.sample() + offset;
+          const T* other = source + partner[i] * images.sample() + offset;
+          T* y = target + i * images.sample() + offset;
+          const int64_t line = images.line(), left = b.left * images.pixel, right = b.right * images.pixel;
+          copy(own, b.top * line, y);
+          for (int64_t h = b.top; h < b.bottom; ++h) {
+            copy(own + h * line, left, y + h * line);
+            copy(other + h * line + left, right - left, y + h * line + left);
+            copy(own + h * line + right, line - right, y + h * line + right);
+          }
+          copy(own + b.bottom * line, (images.H - b.bottom) * line, y + b.bottom * line);
+        }
+      });
+    });
+  });
+}
+
+Tensor cutmix_bwd(const Tensor& dy, const Tensor& perm, const Tensor& box) {
+  check_cut("cutmix_bwd", dy, perm, box);
+  check_floating("cutmix_bwd", "dy", dy.scalar_type());
+  const Cycles cycles("cutmix_bwd", perm);
+  std::vector<int64_t> back(cycles.order.size());
+  for (size_t i = 0; i < back.size(); ++i) {
+    back[static_cast<size_t>(static_cast<const int64_t*>(perm.const_data_ptr())[i])] = static_cast<int64_t>(i);
+  }
+  return on_images(dy, [&](const Tensor& from, const Tensor& to) {
+    const Images images(from);
+    const auto* edges = static_cast<const int64_t*>(box.const_data_ptr());
+    dispatch("cutmix_bwd", dy.scalar_type(), [&]<class T>() {
+      using A = Acc<T>;
+      const T* source = static_cast<const T*>(from.const_data_ptr());
+      T* target = static_cast<T*>(to.mutable_data_ptr());
+      parallel(images.N * images.planes, images.plane(), [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t i = item / images.planes, offset = item % images.planes * images.plane();
+          const int64_t j = back[static_cast<size_t>(i)], line = images.line();
+          const Box mine(edges + (box.size(0) == 1 ? 0 : 4 * i), images);
+          const Box theirs(edges + (box.size(0) == 1 ? 0 : 4 * j), images);
+          for (int64_t h = 0; h < images.H; ++h) {
+            const T* own = source + i * images.sample() + offset + h * line;
+            const T* other = source + j * images.sample() + offset + h * line;
+            T* dx = target + i * images.sample() + offset + h * line;
+            const bool cut = h >= mine.top && h < mine.bottom, pasted = h >= theirs.top && h < theirs.bottom;
+            const int64_t left = cut ? mine.left * images.pixel : line, right = cut ? mine.right * images.pixel : line;
+            copy(own, left, dx);
+            std::fill(dx + left, dx + right, T{});
+            copy(own + right, line - right, dx + right);
+            if (!pasted) continue;
+            const int64_t first = theirs.left * images.pixel;
+            sweep<A>(0, theirs.right * images.pixel - first, [&](int64_t k, auto lanes, int) {
+              store(dx + first + k, load(dx + first + k, lanes) + load(other + first + k, lanes), lanes);
+            });
+          }
+        }
+      });
+    });
+  });
+}
+
+FT_CPU_KERNEL(cutmix_fwd);
+FT_CPU_KERNEL(cutmix_bwd);
+
+}  // namespace fusedtricks::FT_ISA
