@@ -5,6 +5,7 @@ from fusedtricks.ops.dropout import Dropout as Dropout
 from fusedtricks.ops.dropout import Dropout1d as Dropout1d
 from fusedtricks.ops.dropout import Dropout2d as Dropout2d
 from fusedtricks.ops.dropout import Dropout3d as Dropout3d
+from fusedtricks.ops.dropout_add_layer_norm import DropoutAddLayerNorm as DropoutAddLayerNorm
 from fusedtricks.ops.layer_norm import LayerNorm as LayerNorm
 from fusedtricks.ops.mixup import Mixup as Mixup
 from fusedtricks.ops.rms_norm import RMSNorm as RMSNorm

@@ -3,9 +3,6 @@
 
 namespace fusedtricks::FT_ISA {
 
-// Elements whose random bits are drawn at once; with the elements themselves they stay in the first-level cache.
-inline constexpr int64_t kChunk = 2048;
-
 // x and y in memory order as rows of unit stride. A row of mask stride 1 has consecutive groups, one of stride 0 a
 // single group.
 struct DropoutRows {
@@ -31,22 +28,6 @@ struct DropoutRows {
 };
 
 template <class T, class A = Acc<T>>
-void drop_elements(const T* x, T* y, int64_t count, int64_t first, uint64_t seed, uint32_t keep, A scale) {
-  alignas(64) uint16_t room[random_room<uint16_t>(kChunk)];
-  // The elements travel while their bits are drawn.
-  constexpr int64_t kLine = 64 / sizeof(T), kStep = kRandomBlocks * kOfBlock<uint16_t>;
-  const uint16_t* bits = random_elements(seed, first, count, room, 0, [&](int64_t i) __attribute__((always_inline)) {
-    for (int64_t j = i; j < i + kStep; j += kLine) {
-      __builtin_prefetch(x + j);
-      __builtin_prefetch(y + j, 1);
-    }
-  });
-  sweep<A>(0, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-    store(y + j, dropped_lanes<A>(load(x + j, lanes), bits + j, keep, scale), lanes);
-  });
-}
-
-template <class T, class A = Acc<T>>
 void drop_group(const T* x, T* y, int64_t count, bool kept, A scale) {
   sweep<A>(0, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
     store(y + j, kept ? load(x + j, lanes) * scale : Vec<A>{}, lanes);
@@ -54,15 +35,15 @@ void drop_group(const T* x, T* y, int64_t count, bool kept, A scale) {
 }
 
 void run(const char* op, const DropoutRows& plan, const Tensor& x, const Tensor& y, uint64_t seed, int64_t keep) {
-  const int64_t chunks = (plan.columns + kChunk - 1) / kChunk;
+  const int64_t chunks = (plan.columns + kDropped - 1) / kDropped;
   dispatch(op, x.scalar_type(), [&]<class T>() {
     const T* from = static_cast<const T*>(x.const_data_ptr());
     T* to = static_cast<T*>(y.mutable_data_ptr());
     const auto scale = dropout_scale<Acc<T>>(keep);
-    parallel(plan.rows.count * chunks, std::min(plan.columns, kChunk), [&](int64_t begin, int64_t end) {
+    parallel(plan.rows.count * chunks, std::min(plan.columns, kDropped), [&](int64_t begin, int64_t end) {
       Rows<3>::Walk at(plan.rows, begin / chunks);
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t chunk = item % chunks, first = chunk * kChunk, count = std::min(plan.columns - first, kChunk);
+        const int64_t chunk = item % chunks, first = chunk * kDropped, count = std::min(plan.columns - first, kDropped);
         const T* source = from + at.offset[1] + first;
         T* target = to + at.offset[0] + first;
         if (plan.consecutive) {

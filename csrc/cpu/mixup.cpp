@@ -34,25 +34,6 @@ struct Of<uint8_t> {
   inline static __attribute__((always_inline)) Vec<float> read(const uint8_t* p, Tail t) { return load_pixels(p, t.n); }
 };
 
-// Batches from this size on are streamed past the caches, which could not hold them for whoever reads them next: the
-// processor then need not read y before writing it.
-inline constexpr int64_t kStreamedBytes = 32 << 20;
-
-template <class U, class V>
-inline __attribute__((always_inline)) void stream(U* y, V v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(U) == 2) return _mm256_stream_si256(reinterpret_cast<__m256i*>(y), (__m256i)narrow(v, U{}));
-  if constexpr (sizeof(U) == 4) return _mm512_stream_ps(y, (__m512)v);
-  if constexpr (sizeof(U) == 8) return _mm512_stream_pd(y, (__m512d)v);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(U) == 2) return _mm_stream_si128(reinterpret_cast<__m128i*>(y), (__m128i)narrow(v, U{}));
-  if constexpr (sizeof(U) == 4) return _mm256_stream_ps(y, (__m256)v);
-  if constexpr (sizeof(U) == 8) return _mm256_stream_pd(y, (__m256d)v);
-#else
-  store(y, v, Full{});
-#endif
-}
-
 // y = affine(of_own x + of_partner partner) of `count` elements. y may be x.
 // `next` is read next: it travels meanwhile.
 template <bool Affine, bool Streamed, class T, class U, class A = typename Of<T>::A>
@@ -62,21 +43,16 @@ inline void mix_elements(const T* own, const T* partner, U* y, int64_t count, A 
     Vec<A> v = mixed(Vec<A>(Of<T>::read(own + j, lanes)), Vec<A>(Of<T>::read(partner + j, lanes)), of_own, of_partner);
     if constexpr (Affine) v = v * load(scale + j, lanes) + load(shift + j, lanes);
     __builtin_prefetch(next + j);
-    if constexpr (Streamed && std::is_same_v<decltype(lanes), Full>) {
-      stream(y + j, v);
-    } else {
-      store(y + j, v, lanes);
-    }
+    put<Streamed>(y + j, v, lanes);
   });
 }
 
 template <bool Affine, class T, class U, class A = typename Of<T>::A>
 inline void mix(const T* own, const T* partner, U* y, int64_t count, A of_own, A of_partner, const A* scale,
                 const A* shift, const T* next, bool streamed) {
-  if (streamed && reinterpret_cast<uintptr_t>(y) % kVecBytes == 0) {
-    return mix_elements<Affine, true>(own, partner, y, count, of_own, of_partner, scale, shift, next);
-  }
-  mix_elements<Affine, false>(own, partner, y, count, of_own, of_partner, scale, shift, next);
+  with_streaming(streamed, y, [&]<bool Streamed>() {
+    mix_elements<Affine, Streamed>(own, partner, y, count, of_own, of_partner, scale, shift, next);
+  });
 }
 
 // The affine map of each column of a sample in memory order: column j is of channel (j / inner) % channels.
@@ -146,9 +122,7 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
       }
       item += in_place ? 1 : k1 - k0;
     }
-#if defined(__x86_64__)
-    if (streamed) _mm_sfence();
-#endif
+    end_of_stream(streamed);
   });
 }
 

@@ -164,10 +164,19 @@ inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* b
   });
 }
 
+// What `forward` does to a row of x before it is measured: nothing. An operation that makes the rows which it then
+// normalises passes a type of its own, make<T>() returning prepare(r) for row r in logical order.
+struct RowsAsTheyAre {
+  template <class T>
+  auto make() const {
+    return [](int64_t) {};
+  }
+};
+
 // stats: (3, R) mean, rest, rstd with Center, else (R,) rstd.
-template <bool Center, bool Affine, class T, class A = Acc<T>>
+template <bool Center, bool Affine, class T, class Prepare, class A = Acc<T>>
 void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weight, const A* bias, int64_t columns,
-                  A eps) {
+                  A eps, const Prepare& prepare) {
   const int together = block_rows(columns);
   const bool stream = worth_streaming(rows, y, columns, 2);
   parallel(rows.count, columns, [&](int64_t begin, int64_t end) {
@@ -178,6 +187,7 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
       for (int i = 0; i < count; ++i) {
         auto& row = block[i];
         row = {x + at.offset[1], y + at.offset[0], {}};
+        prepare(at.offset[2]);
         row.n = measure<Center>(row.x, columns, eps);
         A* s = stats + at.offset[2];
         if constexpr (Center) {
@@ -197,9 +207,9 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
   });
 }
 
-template <bool Center>
+template <bool Center, class Prepare = RowsAsTheyAre>
 std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const MaybeTensor& weight,
-                                   const MaybeTensor& bias, double eps, int64_t dims) {
+                                   const MaybeTensor& bias, double eps, int64_t dims, const Prepare& prepare = {}) {
   const auto shape = check_rows(op, input, weight, bias, dims);
   const auto x = unit_columns(input, dims) ? input : torch::stable::contiguous(input);
   auto y = fusedtricks::empty_like(input);
@@ -216,7 +226,7 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const Ma
     auto run = [&]<bool Affine>(const A* w, const A* b) {
       forward_rows<Center, Affine>(rows, static_cast<const T*>(x.const_data_ptr()),
                                    static_cast<T*>(out.mutable_data_ptr()), static_cast<A*>(stats.mutable_data_ptr()),
-                                   w, b, shape.columns, static_cast<A>(eps));
+                                   w, b, shape.columns, static_cast<A>(eps), prepare.template make<T>());
     };
     if (weight || bias) {
       const Parameter<A> w(op, weight, shape.columns, A(1), x);
@@ -269,9 +279,27 @@ inline void project_rows(BackwardRow<T>* row, const A* weight, int64_t columns) 
   }
 }
 
+// What becomes of the gradient of a row: it is stored. An operation that goes on from there passes a type of its own,
+// made per thread by make<T>(): begin(i, r) announces row r as the i-th of a block, change(i, j, v, lanes) may alter
+// its gradient, done(i, dx) comes when it is stored; kReadsStored tells that it is then read, and belongs in the
+// caches.
+struct GradientAsItIs {
+  struct Of {
+    static constexpr bool kReadsStored = false;
+    void begin(int, int64_t) {}
+    auto change(int, int64_t, auto v, auto) const { return v; }
+    void done(int, auto*) const {}
+  };
+  template <class T>
+  Of make() const {
+    return {};
+  }
+};
+
 // dx of the rows, and their part of dweight and dbias in one visit to the sums.
-template <bool Center, bool Dx, bool Parameters, bool Stream, int Count, class T, class A = Acc<T>>
-inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight, A* dbias, int64_t columns) {
+template <bool Center, bool Dx, bool Parameters, bool Stream, int Count, class T, class Finish, class A = Acc<T>>
+inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight, A* dbias, int64_t columns,
+                          const Finish& finish) {
   const T *dy[Count], *x[Count];
   T* dx[Count];
   Normalize<Vec<A>> n[Count];
@@ -293,7 +321,7 @@ inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight
       }
       if constexpr (Dx) {
         const auto v = norm_backward<Vec<A>>(grad * w, xhat, n[i].rstd, mean_g[i], mean_gx[i]);
-        store_or_stream<Stream>(dx[i] + j, v, lanes);
+        store_or_stream<Stream>(dx[i] + j, finish.change(i, j, v, lanes), lanes);
       }
     }
     if constexpr (Parameters) {
@@ -301,6 +329,9 @@ inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight
       if constexpr (Center) store(dbias + j, load(dbias + j, lanes) + db, lanes);
     }
   });
+  if constexpr (Dx) {
+    for (int i = 0; i < Count; ++i) finish.done(i, dx[i]);
+  }
 }
 
 // Rows are dealt with in chunks whose number depends on the shape alone, each with its own partial dweight and dbias;
@@ -314,14 +345,16 @@ struct Chunks {
         count((rows + rows_each - 1) / rows_each) {}
 };
 
-template <bool Center, bool Dx, bool Parameters, class T, class A = Acc<T>>
+template <bool Center, bool Dx, bool Parameters, class T, class Make, class A = Acc<T>>
 void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const A* stats, const A* weight, A* partials,
-                     int64_t columns) {
+                     int64_t columns, const Make& make) {
   const Chunks chunks(rows.count);
   const int64_t width = Center ? 2 * columns : columns;
   const int together = block_rows(columns);
-  const bool stream = Dx && worth_streaming(rows, dx, columns, 3);
+  constexpr bool kReadsStored = decltype(make.template make<T>())::kReadsStored;
+  const bool stream = Dx && !kReadsStored && worth_streaming(rows, dx, columns, 3);
   parallel(chunks.count, chunks.rows_each * columns, [&](int64_t begin, int64_t end) {
+    auto finish = make.template make<T>();
     // Last chunk first: of x and dy the end was written or read most recently, and may still be in a cache.
     for (int64_t c = end; c-- > begin;) {
       A* dweight = Parameters ? partials + c * width : nullptr;
@@ -336,14 +369,16 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
           const A* s = stats + at.offset[3];
           const auto n = Center ? Normalize<A>{s[0], s[rows.count], s[2 * rows.count]} : Normalize<A>{0, 0, s[0]};
           block[i] = {dy + at.offset[2], x + at.offset[1], Dx ? dx + at.offset[0] : nullptr, n, 0, 0};
+          finish.begin(i, at.offset[3]);
           if (--left > 0) at.next();
         }
         with_block(stream, count, [&]<bool Stream, int Count>() {
           if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
-          backward_rows<Center, Dx, Parameters, Dx && Stream, Count>(block, weight, dweight, dbias, columns);
+          backward_rows<Center, Dx, Parameters, Dx && Stream, Count>(block, weight, dweight, dbias, columns, finish);
         });
       }
     }
+    if (stream) streamed();
   });
 }
 
@@ -365,10 +400,10 @@ void add_partials(const A* partials, int64_t chunks, int64_t width, int64_t firs
   });
 }
 
-template <bool Center>
+template <bool Center, class Finish = GradientAsItIs>
 std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, const Tensor& input,
                                             const MaybeTensor& weight, const Tensor& stats, int64_t dims, bool need_dx,
-                                            bool need_dweight, bool need_dbias) {
+                                            bool need_dweight, bool need_dbias, const Finish& finish = {}) {
   const auto shape = check_rows(op, input, weight, std::nullopt, dims);
   check_gradient(op, grad, input, stats, (Center ? 3 : 1) * shape.rows);
   const auto x = unit_columns(input, dims) ? input : torch::stable::contiguous(input);
@@ -404,7 +439,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, 
       backward_chunks<Center, Dx, Parameters>(
           rows, static_cast<const T*>(dy.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
           static_cast<T*>(out.mutable_data_ptr()), static_cast<const A*>(stats.const_data_ptr()), w ? w->data : nullptr,
-          sums, shape.columns);
+          sums, shape.columns, finish);
     };
     if (need_dx && parameters) run.template operator()<true, true>();
     if (need_dx && !parameters) run.template operator()<true, false>();

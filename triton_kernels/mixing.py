@@ -1,0 +1,178 @@
+"""Mixing a batch with a permutation of itself, in Triton: what mixup and cutmix share.
+
+A program holds some columns of every sample on chip, so each sample is read once and written once whatever the
+permutation, and mixing in place is safe. Batches of more samples than fit are mixed sample by sample; the partner is
+then read again, from L2 where its columns were read shortly before.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .common import Launch
+
+MOST_SAMPLES = 512
+ELEMENTS = 8192  # of a program that holds columns of every sample
+COLUMNS = 1024  # of a program that mixes a part of one sample
+
+
+@triton.jit
+def inside(box, sample, column, live, pixel, H, W, ONE: tl.constexpr):
+    """Is a column of a sample in its box? A line has W pixels of `pixel` elements, an image H lines."""
+    edges = box + (tl.zeros_like(sample) if ONE else sample * 4)
+    x, y = (column // pixel) % W, (column // (pixel * W)) % H
+    top, bottom = tl.load(edges, mask=live, other=0), tl.load(edges + 1, mask=live, other=0)
+    left, right = tl.load(edges + 2, mask=live, other=0), tl.load(edges + 3, mask=live, other=0)
+    vertical = (y[None, :] >= top[:, None]) & (y[None, :] < bottom[:, None])
+    return vertical & (x[None, :] >= left[:, None]) & (x[None, :] < right[:, None])
+
+
+@triton.jit
+def mixed(
+    own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W,
+    ONE: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """The formulas of fusedtricks/ops/mixup.py (`lam` given) and cutmix.py. In BACKWARD `partner` is by the inverse."""
+    if lam is not None:
+        own, other = own.to(tl.float32), other.to(tl.float32)
+        weight = tl.load(lam + (tl.zeros_like(sample) if ONE else sample), mask=live, other=0.0)
+        theirs = (
+            tl.load(lam + (tl.zeros_like(sample) if ONE else partner), mask=live, other=0.0) if BACKWARD else weight
+        )
+        value = weight[:, None] * own + (1 - theirs)[:, None] * other
+        if scale is not None:
+            channel = (column // inner) % channels
+            value = value * tl.load(scale + channel)[None, :] + tl.load(shift + channel)[None, :]
+    else:
+        mine = inside(box, sample, column, live, inner, H, W, ONE)
+        if BACKWARD:
+            theirs = inside(box, partner, column, live, inner, H, W, ONE)
+            value = tl.where(mine, 0.0, own.to(tl.float32)) + tl.where(theirs, other.to(tl.float32), 0.0)
+        else:
+            value = tl.where(mine, other.to(tl.float32), own.to(tl.float32))
+    return value
+
+
+# One compiled kernel serves every size; `D_of` counts ALIGN elements, for vector accesses.
+SIZES = ["N", "D_of", "channels", "inner", "H", "W", "chunks"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mix_columns(
+    x, y, lam, perm, box, scale, shift, N, D_of, channels, inner, H, W,
+    ONE: tl.constexpr, BACKWARD: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    D = D_of * ALIGN
+    sample = tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    live = sample < N
+    mask = live[:, None] & (column < D)[None, :]
+    at = sample.to(tl.int64)[:, None] * D + column[None, :]
+    own = tl.load(x + at, mask=mask, other=0)
+    partner = tl.load(perm + sample, mask=live, other=0).to(tl.int32)
+    exists = (partner >= 0) & (partner < N)
+    partner = tl.where(exists, partner, 0)
+    # The barrier inside gather also keeps stores behind every load, which makes mixing in place safe.
+    other = tl.gather(own, tl.broadcast_to(partner[:, None], (ROWS, COLUMNS)), 0)
+    value = mixed(
+        own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W, ONE, BACKWARD
+    )
+    tl.store(y + at, tl.where(exists[:, None], value, float("nan")), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mix_samples(
+    x, y, lam, perm, box, scale, shift, N, D_of, channels, inner, H, W, chunks,
+    ONE: tl.constexpr, BACKWARD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    D = D_of * ALIGN
+    sample = tl.program_id(0) % N + tl.arange(0, 1)  # the same columns of all samples one after the other
+    column = tl.program_id(0) // N * COLUMNS + tl.arange(0, COLUMNS)
+    live, mask = sample < N, (column < D)[None, :]
+    partner = tl.load(perm + sample).to(tl.int32)
+    exists = (partner >= 0) & (partner < N)
+    partner = tl.where(exists, partner, 0)
+    own = tl.load(x + sample.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0)
+    other = tl.load(x + partner.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0)
+    value = mixed(
+        own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W, ONE, BACKWARD
+    )
+    at = sample.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(y + at, tl.where(exists[:, None], value, float("nan")), mask=mask)
+
+
+def dense_samples(x: Tensor, y: Tensor) -> bool:
+    """Are both one dense sample after the other, with elements in the same order?"""
+    if x.stride() != y.stride() and not (x.is_contiguous() and y.is_contiguous()):
+        return False
+    if x.is_contiguous():
+        return True
+    levels = sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size > 1)
+    expected = 1
+    for stride, size in levels:
+        if stride != expected:
+            return False
+        expected *= size
+    return x.shape[0] == 1 or x.stride(0) == expected
+
+
+def plan(
+    x: Tensor,
+    y: Tensor,
+    perm: Tensor,
+    *,
+    lam: Tensor | None = None,
+    box: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    backward: bool = False,
+) -> Launch:
+    """For dense samples. Of mixup `inner` is the stride of channels, of cutmix the elements of a pixel."""
+    N, D = x.shape[0], x.numel() // x.shape[0]
+    align = common.alignment(D)
+    args = {"x": x, "y": y, "lam": lam, "perm": perm, "box": box, "scale": scale, "shift": shift, "N": N}
+    args |= {
+        "D_of": D // align,
+        "ALIGN": align,
+        "BACKWARD": backward,
+        "ONE": (box if lam is None else lam).shape[0] == 1,
+    }
+    args |= {"channels": 1, "inner": 1, "H": 1, "W": 1}
+    if scale is not None:
+        args |= {"channels": x.shape[1], "inner": x.stride(1) if x.shape[1] > 1 else 1}
+    if box is not None:
+        H, W = x.shape[-2:]
+        args |= {"inner": 1 if x.is_contiguous() else D // max(H * W, 1), "H": H, "W": W}
+    if N <= MOST_SAMPLES:
+        rows = triton.next_power_of_2(N)
+        # Both boxes of the backward of cutmix take registers.
+        elements = ELEMENTS // 2 if backward and box is not None else ELEMENTS
+        columns = min(max(16, elements // rows), triton.next_power_of_2(D))
+        args |= {"ROWS": rows, "COLUMNS": columns}
+        return Launch(mix_columns, triton.cdiv(D, columns), args, 8 if rows < 512 else 16)
+    columns = min(COLUMNS, triton.next_power_of_2(D))
+    chunks = triton.cdiv(D, columns)
+    return Launch(mix_samples, N * chunks, args | {"chunks": chunks, "COLUMNS": columns}, max(1, columns // 256))
+
+
+def run(x: Tensor, y: Tensor, perm: Tensor, **given: Tensor | bool | None) -> None:
+    """Into y, which may be x. Cutmix of interleaved images takes those with one channel dimension alone."""
+    if x.numel() == 0:
+        return
+    usable = dense_samples(x, y) and (given.get("box") is None or x.is_contiguous() or x.dim() == 4)
+    if usable and given.get("box") is not None and not x.is_contiguous():
+        usable = x.is_contiguous(memory_format=torch.channels_last)
+    if usable and (x is not y or x.shape[0] <= MOST_SAMPLES):
+        return plan(x, y, perm, **given)(x.device)
+    plain = x.contiguous()
+    out = torch.empty(x.shape, dtype=y.dtype, device=y.device)
+    plan(plain, out, perm, **given)(x.device)
+    y.copy_(out)
+
+
+def inverse(perm: Tensor) -> Tensor:
+    return torch.empty_like(perm).scatter_(0, perm, torch.arange(perm.shape[0], device=perm.device))
