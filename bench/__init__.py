@@ -42,6 +42,7 @@ class Function:
     headline: Size
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     peers: dict[str, Callable[[], Callable[..., Tensor]]] = field(default_factory=dict)
+    random: bool = False  # ours and torch's draw differently, so there is no truth to compare with before timing
     stem: str = ""
 
     modes = ("forward", "forward+backward")

@@ -60,6 +60,8 @@ def our_backends(stem: str, device: str) -> list[str]:
 
 def check(operation: Any, mode: str, size: tuple[int, ...], dtype: torch.dtype, device: str, backend: str) -> None:
     """Raise AssertionError unless our results are no further from float64 than torch's are."""
+    if operation.random:
+        return
     tensors = operation.tensors(mode, size, dtype, device)
     exact = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
     truth = operation.call(operation.torch, mode, exact)()
