@@ -1,0 +1,44 @@
+"""Bugs of dropout and of what is built on it."""
+
+from __future__ import annotations
+
+import torch
+
+from . import Bug, NativeBug, as_if_dense, partly_written, wide
+
+FWD, LN, LN_BWD = "dropout_fwd", "dropout_add_layer_norm_fwd", "dropout_add_layer_norm_bwd"
+
+BUGS = {
+    "scaled by 1 - p, not by what is kept": Bug(
+        FWD, lambda right, x, seed, keep, group: right(x, seed, keep, group) * (1 + 1e-4)
+    ),
+    "kept and dropped exchanged": Bug(
+        FWD, lambda right, x, seed, keep, group: torch.where(right(x, seed, keep, group) == 0, wide(x), 0).to(x.dtype)
+    ),
+    "mask by memory order": Bug(FWD, lambda right, x, *rest: right(as_if_dense(x), *rest)),
+    "channels ignored": Bug(FWD, lambda right, x, seed, keep, group: right(x, seed, keep, 1)),
+    "seed of 32 bits": Bug(FWD, lambda right, x, seed, *rest: right(x, seed & 0xFFFFFFFF, *rest)),
+    "mask repeats": Bug(
+        FWD,
+        lambda right, x, seed, keep, group: (
+            right(x, seed, keep, group)
+            if x.numel() <= 1024 or group > 1
+            else torch.cat([right(part, seed, keep, 1) for part in x.reshape(-1).split(1024)]).view(x.shape)
+        ),
+    ),
+    "last element unwritten": Bug(FWD, lambda right, *args: partly_written(right(*args), 1)),
+    "sum dropped as well": Bug(LN, lambda right, x, residual, *rest: right(x + residual, torch.zeros_like(x), *rest)),
+    "residual forgotten": Bug(LN, lambda right, x, residual, *rest: right(x, residual * 0, *rest)),
+    "gradient of the sum forgotten": Bug(LN_BWD, lambda right, dy, dz, *rest: right(dy, None, *rest)),
+    "dx not dropped": Bug(
+        LN_BWD,
+        lambda right, dy, dz, z, w, stats, seed, keep, *rest: right(dy, dz, z, w, stats, None, 65536, *rest),
+    ),
+}
+
+NATIVE_BUGS = {
+    "one value too many kept": NativeBug(
+        "math/dropout.h", "bits < keep ? x * scale : A{}", "bits <= keep ? x * scale : A{}", "dropout"
+    ),
+    "nine rounds": NativeBug("math/philox.h", "round < 10", "round < 9", "dropout"),
+}
