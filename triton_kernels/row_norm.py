@@ -31,9 +31,28 @@ HELPERS = 32  # programs that share the column sums
 STAGES = 2  # tiles in flight per program
 
 
-def fits(C: int, align: int, columns: tuple[int, int]) -> bool:
+def fits(C: int, align: int, columns: tuple[int, int], fused: bool = False) -> bool:
     with_vectors, without = columns
-    return (with_vectors if align >= VECTOR else without) >= C
+    return (with_vectors if align >= VECTOR else without) // (2 if fused else 1) >= C
+
+
+class Dropping(NamedTuple):
+    """What dropout_add_layer_norm adds to a row norm: forward makes its rows z = dropout(x) + residual; backward adds
+    dz to their gradient and drops it. All of these tensors are plain. Nothing of it in a norm alone."""
+
+    seed: Tensor | None = None
+    keep: int = 65536
+    residual: Tensor | None = None
+    z: Tensor | None = None
+    dz: Tensor | None = None
+    dropped: Tensor | None = None
+
+    def args(self, *tensors: str) -> dict[str, object]:
+        given = {name: getattr(self, name) for name in tensors}
+        return {**given, "seed": self.seed, "keep": self.keep, "scale": 65536 / max(self.keep, 1)}
+
+
+ALONE = Dropping()
 
 
 class Tile(NamedTuple):
@@ -132,11 +151,13 @@ def plan_forward(
     stats: Tensor,
     args: dict[str, int],
     center: bool,
+    more: Dropping = ALONE,
 ) -> Launch:
     R, C, device = args["R"], args["columns"] * args["ALIGN"], x.device
     args = {"x": x, "weight": row_of(weight), "bias": row_of(bias), "y": y, "stats": stats, **args}
+    args |= more.args("residual", "z")
     args |= {"eps": eps, "CENTER": center}
-    if fits(C, args["ALIGN"], FORWARD_COLUMNS):
+    if fits(C, args["ALIGN"], FORWARD_COLUMNS, more.residual is not None):
         tile = register_tile(C, args["ALIGN"], FORWARD_WARPS)
         programs = min(triton.cdiv(R, tile.rows), tile.programs * common.processors(device))
         keep = C <= KEPT_COLUMNS
@@ -162,14 +183,15 @@ def plan_backward(
     dbias: Tensor | None,
     args: dict[str, int],
     center: bool,
+    more: Dropping = ALONE,
 ) -> Launch:
     R, C, device = args["R"], args["columns"] * args["ALIGN"], x.device
     sums = dweight is not None or dbias is not None
     args = {"dy": dy, "x": x, "weight": row_of(weight), "stats": stats, **args}
-    args |= {"dx": dx, "dweight": dweight, "dbias": dbias}
+    args |= {"dx": dx, "dweight": dweight, "dbias": dbias, **more.args("dz", "dropped")}
     args |= {"dx_outer": args.get("dx_outer", 0), "dx_inner": args.get("dx_inner", 0), "CENTER": center}
 
-    if fits(C, args["ALIGN"], BACKWARD_COLUMNS):
+    if fits(C, args["ALIGN"], BACKWARD_COLUMNS, more.dropped is not None):
         tile = register_tile(C, args["ALIGN"], BACKWARD_WARPS)
         programs = min(triton.cdiv(R, tile.rows), tile.programs * common.processors(device))
         kernel, warps, parts, groups = bwd_rows, tile.warps, programs, 0
@@ -194,14 +216,20 @@ def plan_backward(
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dims: int, center: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dims: int,
+    center: bool,
+    more: Dropping = ALONE,
 ) -> tuple[Tensor, Tensor]:
     R = math.prod(x.shape[: x.dim() - dims])
     y = torch.empty_like(x)
     stats = torch.empty((3, R) if center else (R,), dtype=torch.float32, device=x.device)
     if x.numel() > 0:
         use, args = addressable({"x": x, "y": y}, "y", dims)
-        plan_forward(use["x"], weight, bias, eps, use["y"], stats, args, center)(x.device)
+        plan_forward(use["x"], weight, bias, eps, use["y"], stats, args, center, more)(x.device)
         if use["y"] is not y:
             y.copy_(use["y"])
     return y, stats
@@ -217,6 +245,7 @@ def backward(
     need_dweight: bool,
     need_dbias: bool,
     center: bool,
+    more: Dropping = ALONE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, dtype = x.shape[x.dim() - dims :], stats.dtype if weight is None else weight.dtype
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
@@ -226,7 +255,9 @@ def backward(
     if x.numel() > 0 and (need_dx or need_dweight or need_dbias):
         use, args = addressable({"dy": dy, "x": x, **({"dx": dx} if need_dx else {})}, "dx", dims)
         wanted = (t if need else None for t, need in ((dweight, need_dweight), (dbias, need_dbias)))
-        launch = plan_backward(use["dy"], use["x"], weight, stats.contiguous(), use.get("dx"), *wanted, args, center)
+        launch = plan_backward(
+            use["dy"], use["x"], weight, stats.contiguous(), use.get("dx"), *wanted, args, center, more
+        )
         launch(x.device)
         if need_dx and use["dx"] is not dx:
             dx.copy_(use["dx"])

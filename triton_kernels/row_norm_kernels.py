@@ -23,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import philox
 from .common import arrive, clear, wait
 
 STRIP = tl.constexpr(128)  # columns that one helper sums at a time
@@ -100,6 +101,45 @@ def load_normalized(x, x_at, mask, stats, stats_at, plane, live, CENTER: tl.cons
 
 
 @triton.jit
+def drop(x, seed, row, C, first, keep, scale, ALIGN: tl.constexpr):
+    """Dropout of columns first, first + 1, ... of plain rows; all is kept without a seed."""
+    ROWS: tl.constexpr = x.shape[0]
+    BLOCK: tl.constexpr = x.shape[1]
+    if seed is not None:
+        start = row.to(tl.int64) * C + first
+        if ALIGN % 8 == 0 and BLOCK % 8 == 0:
+            block = (start // 8)[:, None] + tl.arange(0, BLOCK // 8)[None, :]
+            bits = tl.reshape(philox.random16x8(tl.load(seed), block), [ROWS, BLOCK])
+        else:
+            bits = philox.random16(tl.load(seed), start[:, None] + tl.arange(0, BLOCK)[None, :])
+        x = tl.where(bits < keep, x * scale, 0.0)
+    return x
+
+
+@triton.jit
+def add_dropped(x, x_at, mask, residual, z, seed, row, C, first, keep, scale, ALIGN: tl.constexpr):
+    """z = dropout(x) + residual, stored, and as it was rounded; x itself where there is no residual."""
+    if residual is not None:
+        total = drop(x, seed, row, C, first, keep, scale, ALIGN) + load(residual, x_at, mask)
+        rounded = total.to(z.dtype.element_ty)
+        tl.store(z + x_at, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    return x
+
+
+@triton.jit
+def store_gradient(
+    value, dx, dx_at, mask, dz, dropped, seed, row, C, first, keep, scale, ALIGN: tl.constexpr
+):  # fmt: skip
+    """The gradient of a tile; of dropout_add_layer_norm plus dz, and that of what was dropped."""
+    if dz is not None:
+        value += load(dz, dx_at, mask)
+    tl.store(dx + dx_at, value, mask=mask)
+    if dropped is not None:
+        tl.store(dropped + dx_at, drop(value, seed, row, C, first, keep, scale, ALIGN), mask=mask)
+
+
+@triton.jit
 def affine(xhat, w, b):
     """x^ w + b, w and b one row of columns each, or None."""
     if w is not None:
@@ -166,7 +206,7 @@ def draw(counters, chunks, LAG, HALVES: tl.constexpr):
 # strides of x, y, dy and dx count ALIGN elements. `stats_inner` is specialised on: it is 1 unless rows are walked in
 # another order than they are counted.
 SIZES = ["x_outer", "x_inner", "y_outer", "y_inner", "dy_outer", "dy_inner", "dx_outer", "dx_inner", "stats_outer"]
-SIZES += ["inner", "R", "columns", "plane", "eps", "chunks", "LAG", "used", "helpers"]
+SIZES += ["keep", "scale", "inner", "R", "columns", "plane", "eps", "chunks", "LAG", "used", "helpers"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -176,6 +216,11 @@ def fwd_rows(
     bias,
     y,
     stats,
+    residual,
+    z,
+    seed,
+    keep,
+    scale,
     x_outer,
     x_inner,
     y_outer,
@@ -205,7 +250,9 @@ def fwd_rows(
         live = row < R
         mask = live[:, None] & within[None, :]
         x_at = (at(row, inner, x_outer, x_inner, LEVELS) * ALIGN)[:, None] + cols[None, :]
-        d, mean, rest, rstd = statistics(load(x, x_at, mask), mask, C, eps, CENTER)
+        value = load(x, x_at, mask)
+        value = add_dropped(value, x_at, mask, residual, z, seed, row, C, 0, keep, scale, ALIGN)
+        d, mean, rest, rstd = statistics(value, mask, C, eps, CENTER)
         out = affine((d - rest[:, None]) * rstd[:, None], w, b)
         if not KEEP:
             w_again = load(weight, cols, within) if weight is not None else None
@@ -228,6 +275,11 @@ def bwd_rows(
     dbias,
     partial,
     counters,
+    dz,
+    dropped,
+    seed,
+    keep,
+    scale,
     dy_outer,
     dy_inner,
     x_outer,
@@ -276,7 +328,8 @@ def bwd_rows(
             if CENTER:
                 out += (tl.sum(g, 1) / C)[:, None]
             dx_at = (at(row, inner, dx_outer, dx_inner, LEVELS) * ALIGN)[:, None] + cols[None, :]
-            tl.store(dx + dx_at, rstd[:, None] * (g - out), mask=mask)
+            value = rstd[:, None] * (g - out)
+            store_gradient(value, dx, dx_at, mask, dz, dropped, seed, stats_at, C, 0, keep, scale, ALIGN)
 
     if (dweight is not None) | (dbias is not None):
         programs = tl.num_programs(0)
@@ -343,6 +396,11 @@ def fwd_split(
     bias,
     y,
     stats,
+    residual,
+    z,
+    seed,
+    keep,
+    scale,
     partial,
     counters,
     x_outer,
@@ -383,7 +441,8 @@ def fwd_split(
             row = r + tl.arange(0, 1)
             x_at = (at(row, inner, x_outer, x_inner, LEVELS) * ALIGN)[:, None] + cols[None, :]
             stats_at = at(row, inner, stats_outer, stats_inner, LEVELS)
-            xhat, _ = load_normalized(x, x_at, within[None, :], stats, stats_at, plane, row < R, CENTER)
+            source = x if z is None else z
+            xhat, _ = load_normalized(source, x_at, within[None, :], stats, stats_at, plane, row < R, CENTER)
             y_at = (at(row, inner, y_outer, y_inner, LEVELS) * ALIGN)[:, None] + cols[None, :]
             tl.store(y + y_at, affine(xhat, w, b), mask=within[None, :])
     elif first < last:
@@ -392,6 +451,9 @@ def fwd_split(
             row = r + tl.arange(0, 1)
             x_at = (at(row, inner, x_outer, x_inner, LEVELS) * ALIGN)[:, None] + cols[None, :]
             d = load(x, x_at, within[None, :])
+            d = add_dropped(
+                d, x_at, within[None, :], residual, z, seed, row, C, chunk * BLOCK, keep, scale, ALIGN
+            )  # fmt: skip
             part = partial + row.to(tl.int64) * chunks + chunk
             if CENTER:
                 mean = tl.sum(d, 1) / size
@@ -424,6 +486,11 @@ def bwd_split(
     moments,
     partial,
     counters,
+    dz,
+    dropped,
+    seed,
+    keep,
+    scale,
     dy_outer,
     dy_inner,
     x_outer,
@@ -483,7 +550,9 @@ def bwd_split(
                 if CENTER:
                     out += tl.load(whole + lines, mask=live, other=0.0, cache_modifier=".cg")[:, None]
                 dx_at = (at(row, inner, dx_outer, dx_inner, LEVELS) * ALIGN)[:, None] + cols[None, :]
-                tl.store(dx + dx_at, rstd[:, None] * (g - out), mask=mask)
+                value = rstd[:, None] * (g - out)
+                first_column = chunk * BLOCK
+                store_gradient(value, dx, dx_at, mask, dz, dropped, seed, stats_at, C, first_column, keep, scale, ALIGN)
             else:
                 part = moments + chunk * tl.cast(R, tl.int64) + row
                 tl.store(part, tl.sum(g * xhat, 1), mask=live)
