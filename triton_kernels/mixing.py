@@ -16,41 +16,60 @@ from . import common
 from .common import Launch
 
 MOST_SAMPLES = 512
-ELEMENTS = 8192  # of a program that holds columns of every sample
+BYTES = 32768  # of a program that holds columns of every sample
 COLUMNS = 1024  # of a program that mixes a part of one sample
 
 
 @triton.jit
-def inside(box, sample, column, live, pixel, H, W, ONE: tl.constexpr):
-    """Is a column of a sample in its box? A line has W pixels of `pixel` elements, an image H lines."""
-    edges = box + (tl.zeros_like(sample) if ONE else sample * 4)
-    x, y = (column // pixel) % W, (column // (pixel * W)) % H
-    top, bottom = tl.load(edges, mask=live, other=0), tl.load(edges + 1, mask=live, other=0)
-    left, right = tl.load(edges + 2, mask=live, other=0), tl.load(edges + 3, mask=live, other=0)
-    vertical = (y[None, :] >= top[:, None]) & (y[None, :] < bottom[:, None])
-    return vertical & (x[None, :] >= left[:, None]) & (x[None, :] < right[:, None])
+def of_partner(value, pointer, at, partner, live, ON_CHIP: tl.constexpr):
+    """What `value`, loaded from pointer + at, is for each sample's partner."""
+    if ON_CHIP:
+        return tl.gather(value, partner, 0)
+    else:
+        return tl.load(pointer + at, mask=live, other=0)
+
+
+@triton.jit
+def within(edges_low, edges_high, place):
+    return (place[None, :] >= edges_low[:, None]) & (place[None, :] < edges_high[:, None])
 
 
 @triton.jit
 def mixed(
     own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W,
-    ONE: tl.constexpr, BACKWARD: tl.constexpr,
+    ONE: tl.constexpr, BACKWARD: tl.constexpr, ON_CHIP: tl.constexpr,
 ):  # fmt: skip
-    """The formulas of fusedtricks/ops/mixup.py (`lam` given) and cutmix.py. In BACKWARD `partner` is by the inverse."""
+    """The formulas of fusedtricks/ops/mixup.py (`lam` given) and cutmix.py. In BACKWARD `partner` is by the inverse.
+
+    Of cutmix, a line has W pixels of `inner` elements and an image H lines.
+    """
+    if ONE:
+        sample, partner = tl.zeros_like(sample), tl.zeros_like(partner)
     if lam is not None:
         own, other = own.to(tl.float32), other.to(tl.float32)
-        weight = tl.load(lam + (tl.zeros_like(sample) if ONE else sample), mask=live, other=0.0)
-        theirs = (
-            tl.load(lam + (tl.zeros_like(sample) if ONE else partner), mask=live, other=0.0) if BACKWARD else weight
-        )
+        weight = tl.load(lam + sample, mask=live, other=0.0)
+        theirs = weight
+        if BACKWARD and not ONE:
+            theirs = of_partner(weight, lam, partner, partner, live, ON_CHIP)
         value = weight[:, None] * own + (1 - theirs)[:, None] * other
         if scale is not None:
             channel = (column // inner) % channels
             value = value * tl.load(scale + channel)[None, :] + tl.load(shift + channel)[None, :]
     else:
-        mine = inside(box, sample, column, live, inner, H, W, ONE)
+        x, y = (column // inner) % W, (column // (inner * W)) % H
+        top = tl.load(box + sample * 4, mask=live, other=0).to(tl.int32)
+        bottom = tl.load(box + sample * 4 + 1, mask=live, other=0).to(tl.int32)
+        left = tl.load(box + sample * 4 + 2, mask=live, other=0).to(tl.int32)
+        right = tl.load(box + sample * 4 + 3, mask=live, other=0).to(tl.int32)
+        mine = within(top, bottom, y) & within(left, right, x)
         if BACKWARD:
-            theirs = inside(box, partner, column, live, inner, H, W, ONE)
+            theirs = mine
+            if not ONE:
+                top = of_partner(top, box, partner * 4, partner, live, ON_CHIP).to(tl.int32)
+                bottom = of_partner(bottom, box, partner * 4 + 1, partner, live, ON_CHIP).to(tl.int32)
+                left = of_partner(left, box, partner * 4 + 2, partner, live, ON_CHIP).to(tl.int32)
+                right = of_partner(right, box, partner * 4 + 3, partner, live, ON_CHIP).to(tl.int32)
+                theirs = within(top, bottom, y) & within(left, right, x)
             value = tl.where(mine, 0.0, own.to(tl.float32)) + tl.where(theirs, other.to(tl.float32), 0.0)
         else:
             value = tl.where(mine, other.to(tl.float32), own.to(tl.float32))
@@ -79,7 +98,7 @@ def mix_columns(
     # The barrier inside gather also keeps stores behind every load, which makes mixing in place safe.
     other = tl.gather(own, tl.broadcast_to(partner[:, None], (ROWS, COLUMNS)), 0)
     value = mixed(
-        own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W, ONE, BACKWARD
+        own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W, ONE, BACKWARD, True
     )
     tl.store(y + at, tl.where(exists[:, None], value, float("nan")), mask=mask)
 
@@ -99,7 +118,7 @@ def mix_samples(
     own = tl.load(x + sample.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0)
     other = tl.load(x + partner.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0)
     value = mixed(
-        own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W, ONE, BACKWARD
+        own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W, ONE, BACKWARD, False
     )
     at = sample.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(y + at, tl.where(exists[:, None], value, float("nan")), mask=mask)
@@ -150,10 +169,11 @@ def plan(
     if N <= MOST_SAMPLES:
         rows = triton.next_power_of_2(N)
         # Both boxes of the backward of cutmix take registers.
-        elements = ELEMENTS // 2 if backward and box is not None else ELEMENTS
+        elements = BYTES // (2 if backward and box is not None else 1) // y.element_size()
         columns = min(max(16, elements // rows), triton.next_power_of_2(D))
+        warps = 16 if rows == 512 or rows * columns > 8192 else 8
         args |= {"ROWS": rows, "COLUMNS": columns}
-        return Launch(mix_columns, triton.cdiv(D, columns), args, 8 if rows < 512 else 16)
+        return Launch(mix_columns, triton.cdiv(D, columns), args, warps)
     columns = min(COLUMNS, triton.next_power_of_2(D))
     chunks = triton.cdiv(D, columns)
     return Launch(mix_samples, N * chunks, args | {"chunks": chunks, "COLUMNS": columns}, max(1, columns // 256))

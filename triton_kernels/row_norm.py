@@ -62,15 +62,16 @@ class Tile(NamedTuple):
     programs: int  # per multiprocessor
 
 
-def register_tile(C: int, align: int, warps: int) -> Tile:
+def register_tile(C: int, align: int, warps: int, fused: bool = False) -> Tile:
     """For so many warps per multiprocessor: at least 4096 elements, several rows where they are short.
 
     Larger tiles and fewer programs than need be: each program reads the weight once, and in the backward costs one
-    partial row. Sixteen elements per thread; eight where each needs its own address.
+    partial row. Sixteen elements per thread; eight where each needs its own address, or
+    random bits as well.
     """
     block = triton.next_power_of_2(C)
     rows = max(1, 4096 // block)
-    mine = min(16, rows * block // (512 if align >= VECTOR else 256))
+    mine = min(16, rows * block // (512 if align >= VECTOR and not fused else 256))
     return Tile(rows, block, mine, warps // mine)
 
 
@@ -192,7 +193,7 @@ def plan_backward(
     args |= {"dx_outer": args.get("dx_outer", 0), "dx_inner": args.get("dx_inner", 0), "CENTER": center}
 
     if fits(C, args["ALIGN"], BACKWARD_COLUMNS, more.dropped is not None):
-        tile = register_tile(C, args["ALIGN"], BACKWARD_WARPS)
+        tile = register_tile(C, args["ALIGN"], BACKWARD_WARPS, more.dropped is not None)
         programs = min(triton.cdiv(R, tile.rows), tile.programs * common.processors(device))
         kernel, warps, parts, groups = bwd_rows, tile.warps, programs, 0
         args |= {"ROWS": tile.rows, "BLOCK": tile.block, "STAGES": STAGES if args["ALIGN"] >= VECTOR else 1}
