@@ -6,6 +6,8 @@ from fusedtricks.ops.dropout import dropout1d as dropout1d
 from fusedtricks.ops.dropout import dropout2d as dropout2d
 from fusedtricks.ops.dropout import dropout3d as dropout3d
 from fusedtricks.ops.dropout_add_layer_norm import dropout_add_layer_norm as dropout_add_layer_norm
+from fusedtricks.ops.batch_norm import batch_norm as batch_norm
+from fusedtricks.ops.batch_norm import batch_norm_act as batch_norm_act
 from fusedtricks.ops.layer_norm import layer_norm as layer_norm
 from fusedtricks.ops.mixup import mixup as mixup
 from fusedtricks.ops.rms_norm import rms_norm as rms_norm
