@@ -40,6 +40,8 @@ def sample_calls(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Op, 
             ys = outputs(case.call(case.torch_fn, tensors, *rest))
             dys = [Guarded(y, layout if y.dim() >= 2 else "plain").tensor for y in ys]
             forward_backward(case, case.fn, tensors, wanted, dys, *rest)
+            for options in case.options.values() if layout == "plain" and last and not (absent or frozen) else ():
+                forward_backward(case, case.fn, tensors, wanted, dys, *rest, **options)
     monkeypatch.undo()
     return calls
 
