@@ -13,11 +13,12 @@ from fusedtricks.ops._norm import accumulate_dtype, laid_out_like
 
 # y = activation(x^ weight + bias + residual), x (N, C, *). y has the strides of empty_like(x). stats (4, C), fp32 (fp64
 # for fp64): mean, the part of the mean that its own precision rounds away, rstd, biased variance. mask: the signs of
-# the preactivation (`_batch_norm.pack`), empty unless need_mask. The counter is incremented, the averages updated.
+# the preactivation (`_batch_norm.pack`). What is not needed comes as an empty tensor. The counter is incremented, the
+# averages are updated.
 batch_norm_fwd = Op(
     "batch_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int activation, "
-    "float slope, bool need_mask) -> (Tensor y, Tensor stats, Tensor mask)",
+    "float slope, bool need_y, bool need_mask) -> (Tensor y, Tensor stats, Tensor mask)",
     stem="batch_norm",
 )
 # The same with statistics that are known: those of evaluation, or of a batch spread over processes.
@@ -26,7 +27,6 @@ batch_norm_apply = Op(
     "float eps, int activation, float slope, bool need_mask) -> (Tensor y, Tensor stats, Tensor mask)",
     stem="batch_norm",
 )
-batch_norm_stats = Op("batch_norm_stats(Tensor x, float eps) -> Tensor", stem="batch_norm")
 # training: x^ depends on x through its statistics. sums (2, C), means over the whole batch of g and of g x^, are given
 # where the batch is spread over processes, and measured here where not. dweight and dbias come in the dtype of weight,
 # or of stats without one; what is not wanted comes as an empty tensor. `mask`, or else z made again from x and
@@ -67,10 +67,13 @@ def _(
     eps: float,
     activation: int,
     slope: float,
+    need_y: bool,
     need_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = bn.statistics(x, eps)
     bn.track(stats, bn.count(x), running_mean, running_var, num_batches_tracked, momentum)
+    if not need_y:
+        return x.new_empty(0), stats, x.new_empty(0, dtype=torch.uint8)
     return _activated(x, residual, weight, bias, stats, activation, slope, need_mask)
 
 
@@ -90,9 +93,6 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = bn.given_statistics(x, mean, rest, var, eps)
     return _activated(x, residual, weight, bias, stats, activation, slope, need_mask)
-
-
-batch_norm_stats.reference(bn.statistics)
 
 
 @batch_norm_bwd.reference
@@ -118,7 +118,6 @@ def _(
     dbias = sum(g), dweight = sum(g x^), dx = weight rstd (g - mean(g) - x^ mean(g x^)); the two means, over a channel,
     are there only where the statistics are those of this batch (training).
     """
-    axes = bn.axes(x)
     xhat, rstd = bn.normalized(x, stats)
     g = dy.to(stats.dtype)
     if mask is not None:
@@ -127,21 +126,21 @@ def _(
         g = g * bn.derivative(bn.preactivation(x, residual, weight, bias, stats), activation, slope)
     dtype = stats.dtype if weight is None else weight.dtype
     dx, dresidual, dweight, dbias = (x.new_empty(0, dtype=d) for d in (x.dtype, x.dtype, dtype, dtype))
+    here = bn.channel_sums(x, g, stats)
     if need_dx:
         dx = g
         if training:
-            mean_g, mean_gx = (
-                (g.mean(axes, keepdim=True), (g * xhat).mean(axes, keepdim=True)) if sums is None else bn.over(x, sums)
-            )
+            means = here / bn.count(x) if sums is None else sums
+            mean_g, mean_gx = bn.over(x, means.to(g.dtype))
             dx = g - mean_g - xhat * mean_gx
         dx = dx * rstd
         dx = laid_out_like((dx if weight is None else dx * bn.over(x, weight)).to(x.dtype), x)
     if need_dresidual:
         dresidual = laid_out_like(g.to(x.dtype), x)
     if need_dweight:
-        dweight = (g * xhat).sum(axes).to(dtype)
+        dweight = here[1].to(dtype)
     if need_dbias:
-        dbias = g.sum(axes).to(dtype)
+        dbias = here[0].to(dtype)
     return dx, dresidual, dweight, dbias
 
 
@@ -204,7 +203,7 @@ def _forward(
     need_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if training:
-        return batch_norm_fwd(x, residual, weight, bias, *buffers, momentum, eps, activation, slope, need_mask)
+        return batch_norm_fwd(x, residual, weight, bias, *buffers, momentum, eps, activation, slope, True, need_mask)
     mean, var, _ = buffers
     return batch_norm_apply(x, residual, weight, bias, mean, None, var, eps, activation, slope, need_mask)
 
