@@ -226,7 +226,11 @@ def expected(stem: str, config: Config) -> Expected:
     truth, result = run(torch.float64), run(widest)
     kinds = [tensors[0].dtype] * len(dys) + [tensors[i].dtype for i in wanted]
     accumulator = torch.float64 if config.dtype == "fp64" else torch.float32
-    noise = 4 * torch.finfo(accumulator).eps * case.amplified.get(config.shape, 0.0)
+    noise = (
+        4
+        * torch.finfo(accumulator).eps
+        * max(case.amplified.get(k, 0.0) for k in (config.shape, f"dy {config.grad_layout}"))
+    )
     slack = [noise] * len(truth)
     if tensors[0].dtype == torch.float64:
         ratio = 64 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
