@@ -1,0 +1,318 @@
+// Batch normalization on the CPU: how a tensor (N, C, *) lies in memory, how the work is cut, and the elementwise
+// loops.
+//
+// Every dense tensor is (outer, channels, inner) for some order of its dimensions: NCHW has inner = HW, channels_last
+// has inner = 1. Long runs of one channel are `planes`; where they are short, memory is read as `rows`, whose columns
+// belong to channels in turn. Work is cut into chunks by the shape alone, and what chunks find is merged in their
+// order, so results are the same for any number of threads.
+#pragma once
+
+#include <cstring>
+#include <numeric>
+
+#include "math/batch_norm.h"
+#include "parallel.h"
+#include "parameter.h"
+#include "torch_api.h"
+#include "vec.h"
+#include "vec_math.h"
+
+namespace fusedtricks::FT_ISA {
+
+// ---- layout ---------------------------------------------------------------------------------------------------------
+
+struct Channels {
+  static constexpr int64_t kShortRun = 16;
+  int64_t outer = 1, channels = 1, inner = 1;
+  std::array<int64_t, 64> order;  // dimensions of more than one element but the channels', outermost first
+  int64_t outer_dims = 0, dims = 0;
+
+  // `y` is dense. A single channel has nothing outside.
+  explicit Channels(const Tensor& y) : channels(y.size(1)) {
+    for (int64_t d = 0; d < y.dim(); ++d) {
+      if (d == 1 || y.size(d) == 1) continue;
+      int64_t i = dims++;
+      for (; i > 0 && y.stride(order[i - 1]) < y.stride(d); --i) order[i] = order[i - 1];
+      order[i] = d;
+      const bool outside = channels > 1 && y.stride(d) > y.stride(1);
+      (outside ? outer : inner) *= y.size(d);
+      outer_dims += outside;
+    }
+  }
+
+  int64_t samples() const { return outer * inner; }
+  int64_t numel() const { return outer * channels * inner; }
+  // Also the rule for the mask, see _batch_norm.mask_rows: it lies in memory order, planes start at whole bytes.
+  bool rows() const { return inner < kShortRun; }
+  int64_t mask_bytes() const { return rows() ? (numel() + 7) / 8 : outer * channels * ((inner + 7) / 8); }
+};
+
+// A tensor that a kernel can walk: element (o, c, i) at o outer + c channel + i, or one constant.
+struct Operand {
+  Tensor tensor;
+  int64_t outer = 0, channel = 0;
+  bool constant = false;
+
+  bool dense(const Channels& s) const {
+    return constant || ((s.outer == 1 || outer == s.channels * s.inner) && (s.channels == 1 || channel == s.inner));
+  }
+};
+
+// `t` as it is where it can be walked, else as a copy with the strides of `y`.
+inline Operand operand(const Tensor& t, const Tensor& y, const Channels& s, bool dense) {
+  Operand found{t};
+  found.constant = s.numel() > 1;
+  for (int64_t d = 0; d < t.dim(); ++d) found.constant = found.constant && (t.size(d) == 1 || t.stride(d) == 0);
+  if (found.constant) return found;
+  int64_t expected = 1;
+  bool fits = true;
+  for (int64_t i = s.dims; i-- > s.outer_dims; expected *= t.size(s.order[i])) {
+    fits = fits && t.stride(s.order[i]) == expected;
+  }
+  for (int64_t i = s.outer_dims; i-- > 0; expected *= t.size(s.order[i])) {
+    if (i == s.outer_dims - 1) expected = found.outer = t.stride(s.order[i]);
+    fits = fits && t.stride(s.order[i]) == expected;
+  }
+  found.channel = s.channels > 1 ? t.stride(1) : 0;
+  // Rows of several pixels, and bits that do not end with a row, are found by their position in dense memory.
+  if (s.rows()) fits = fits && (s.channels == 1 || found.channel == s.inner);
+  fits = fits && (!dense || found.dense(s));
+  if (fits) return found;
+  found = {fusedtricks::empty_like(y), s.channels * s.inner, s.inner};
+  torch::stable::copy_(found.tensor, t);
+  return found;
+}
+
+// ---- chunks of planes -----------------------------------------------------------------------------------------------
+
+// A chunk is a group of whole runs of one channel, or a part of one run.
+struct Planes {
+  static constexpr int64_t kElements = 16384;
+  int64_t runs, parts, length, chunks;  // runs per chunk; parts per run and their length; chunks per channel
+
+  explicit Planes(const Channels& s) {
+    parts = (s.inner + kElements - 1) / kElements;
+    length = parts == 1 ? s.inner : ((s.inner + parts - 1) / parts + 63) / 64 * 64;
+    parts = (s.inner + length - 1) / length;
+    runs = parts > 1 ? 1 : std::max<int64_t>(kElements / s.inner, 1);
+    chunks = parts > 1 ? s.outer * parts : (s.outer + runs - 1) / runs;
+  }
+
+  struct Chunk {
+    int64_t run, runs, begin, length;
+    int64_t samples() const { return runs * length; }
+  };
+  Chunk chunk(const Channels& s, int64_t c) const {
+    const int64_t begin = c % parts * length, run = c / parts * runs;
+    return {run, std::min(runs, s.outer - run), begin, std::min(length, s.inner - begin)};
+  }
+};
+
+// Sums over a chunk: f(run, j, lanes, terms) adds to terms[0..N-1]. Blocks are summed separately first, so rounding
+// errors stay those of short sums.
+template <class A, int N, class F>
+inline __attribute__((always_inline)) void reduce_runs(int64_t runs, int64_t length, A (&sums)[N], F&& f) {
+  constexpr int64_t kBlock = 128 * kLanes<A>;
+  Vec<A> total[N] = {}, part[4][N] = {};
+  int64_t pending = 0;
+  auto fold = [&] {
+    for (int n = 0; n < N; ++n) {
+      total[n] += (part[0][n] + part[1][n]) + (part[2][n] + part[3][n]);
+      for (int k = 0; k < 4; ++k) part[k][n] = Vec<A>{};
+    }
+    pending = 0;
+  };
+  for (int64_t run = 0; run < runs; ++run) {
+    for (int64_t begin = 0; begin < length; begin += kBlock) {
+      const int64_t end = std::min(length, begin + kBlock);
+      sweep<A, 4>(begin, end,
+                  [&](int64_t j, auto lanes, int k) __attribute__((always_inline)) { f(run, j, lanes, part[k]); });
+      pending += end - begin;
+      if (pending >= kBlock) fold();
+    }
+  }
+  fold();
+  for (int n = 0; n < N; ++n) sums[n] = sum_lanes<A>(total[n]);
+}
+
+// ---- chunks of rows -------------------------------------------------------------------------------------------------
+
+// Rows of `width` columns, a whole number of periods of channels x inner elements; the last row may be shorter.
+struct RowCut {
+  static constexpr int64_t kElements = 16384, kWidest = 4096, kColumns = 64;
+  int64_t width, count, last, rows, chunks;  // rows per chunk
+
+  RowCut(const Channels& s, bool dense, bool mask) {
+    const int64_t period = s.channels * s.inner;
+    const int64_t vectors = kColumns / std::gcd(period, kColumns), bytes = 8 / std::gcd(period, int64_t{8});
+    width = period;
+    if (dense) width *= period * vectors <= kWidest ? vectors : (mask ? bytes : 1);
+    count = (s.numel() + width - 1) / width;
+    last = s.numel() - (count - 1) * width;
+    rows = std::clamp<int64_t>(kElements / width, 32, 128) / kTogether * kTogether;
+    chunks = (count + rows - 1) / rows;
+  }
+
+  static constexpr int64_t kTogether = 8;  // rows that share one visit to the sums of a column
+
+  int64_t begin(int64_t chunk) const { return chunk * rows; }
+  int64_t end(int64_t chunk) const { return std::min(count, (chunk + 1) * rows); }
+  // Samples of a column in a chunk.
+  int64_t samples(int64_t chunk, int64_t column) const {
+    return end(chunk) - begin(chunk) - (end(chunk) == count && column >= last);
+  }
+  int64_t channel(const Channels& s, int64_t column) const { return column / s.inner % s.channels; }
+};
+
+// f.operator()<Count>(row, columns) over the rows of a chunk, several at once; the short last row comes alone.
+template <class F>
+inline __attribute__((always_inline)) void over_rows(const RowCut& cut, int64_t chunk, F&& f) {
+  int64_t row = cut.begin(chunk);
+  const int64_t end = cut.end(chunk), full = end == cut.count && cut.last < cut.width ? end - 1 : end;
+  for (; row + RowCut::kTogether <= full; row += RowCut::kTogether) {
+    f.template operator()<RowCut::kTogether>(row, cut.width);
+  }
+  for (; row < full; ++row) f.template operator()<1>(row, cut.width);
+  if (row < end) f.template operator()<1>(row, cut.last);
+}
+
+// ---- a parameter inside a loop --------------------------------------------------------------------------------------
+
+// The same for a whole plane,
+template <class A>
+struct Same {
+  Vec<A> value;
+  Same(const A* values, int64_t channel) : value(broadcast(values[channel])) {}
+  template <class L>
+  Vec<A> at(int64_t, L) const {
+    return value;
+  }
+};
+// or one value per column of a row.
+template <class A>
+struct Column {
+  const A* values;
+  Column(const A* values, int64_t) : values(values) {}
+  template <class L>
+  Vec<A> at(int64_t j, L lanes) const {
+    return load(values + j, lanes);
+  }
+};
+
+// ---- activations ----------------------------------------------------------------------------------------------------
+
+// What follows normalization; the mask stands for the sign of z in a backward.
+enum Mode { kPlain, kRectified, kMasked, kWithSilu, kWithGelu };
+
+inline Mode mode_of(int64_t activation, bool masked) {
+  if (masked) return kMasked;
+  return activation == kIdentity ? kPlain
+         : activation == kSilu   ? kWithSilu
+         : activation == kGelu   ? kWithGelu
+                                 : kRectified;
+}
+
+template <class A>
+struct Slope {
+  Vec<A> value;
+  Lanes<A> keep;  // relu: what is below becomes 0, whatever it was
+
+  Slope(int64_t activation, double slope)
+      : value(broadcast(static_cast<A>(activation == kLeakyRelu ? slope : 0.0))),
+        keep(Lanes<A>{} - (activation == kLeakyRelu)) {}
+  Vec<A> operator()(Vec<A> v) const { return (Vec<A>)((Lanes<A>)(v * value) & keep); }
+};
+
+template <Mode M, class A>
+inline Vec<A> activate(Vec<A> z, const Slope<A>& slope) {
+  if constexpr (M == kRectified || M == kMasked) return rectified(z, slope(z));
+  if constexpr (M == kWithSilu) return silu<VecMath>(z);
+  if constexpr (M == kWithGelu) return gelu<VecMath>(z);
+  return z;
+}
+
+template <Mode M, class A>
+inline Vec<A> activate_backward(Vec<A> g, Vec<A> z, const Slope<A>& slope) {
+  if constexpr (M == kRectified) return rectified_gradient(g, z, slope(g));
+  if constexpr (M == kWithSilu) return silu_gradient<VecMath>(g, z);
+  if constexpr (M == kWithGelu) return gelu_gradient<VecMath>(g, z);
+  return g;
+}
+
+// ---- one run of elements --------------------------------------------------------------------------------------------
+
+// Where a run begins in each tensor; what is absent is null. `bits` is the byte of its first element.
+template <class T>
+struct Run {
+  const T *x, *residual, *dy;
+  T *y, *dx, *dresidual;
+  uint8_t* bits;
+};
+
+template <class P>
+struct Parameters {
+  P mean, scale, shift, offset, slope;  // see ChannelForward and ChannelBackward
+};
+
+template <Mode M, bool Add, class P, class T, class A = Acc<T>>
+inline void forward_run(const Run<T>& run, int64_t length, const Parameters<P>& p, const Slope<A>& slope) {
+  sweep<A, 4>(0, length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+    const ChannelForward<Vec<A>> normalize{p.mean.at(j, lanes), p.scale.at(j, lanes), p.shift.at(j, lanes)};
+    auto z = normalize(load(run.x + j, lanes));
+    if constexpr (Add) z += load(run.residual + j, lanes);
+    if constexpr (M == kMasked) store_bits<A>(run.bits, j, to_bits<A>(~(z <= Vec<A>{})), lanes);
+    store(run.y + j, activate<M, A>(z, slope), lanes);
+  });
+}
+
+// g = dy activation'(z) of one register; lanes beyond the tail are 0 in every mode, for dy is.
+template <Mode M, bool Add, class P, class T, class L, class A = Acc<T>>
+inline __attribute__((always_inline)) Vec<A> gradient(const Run<T>& run, int64_t j, L lanes, Vec<A> x,
+                                                      const Parameters<P>& p, const Slope<A>& slope) {
+  const auto g = load(run.dy + j, lanes);
+  if constexpr (M == kPlain) return g;
+  if constexpr (M == kMasked) return load_bits<A>(run.bits, j, lanes) ? g : slope(g);
+  const ChannelForward<Vec<A>> normalize{p.mean.at(j, lanes), p.scale.at(j, lanes), p.shift.at(j, lanes)};
+  auto z = normalize(x);
+  if constexpr (Add) z += load(run.residual + j, lanes);
+  return keep<A>(activate_backward<M, A>(g, z, slope), lanes);
+}
+
+template <Mode M, bool Add, class P, class T, class A = Acc<T>>
+inline void backward_run(const Run<T>& run, int64_t length, const Parameters<P>& p, const Slope<A>& slope,
+                         bool training) {
+  const bool read = M == kRectified || M == kWithSilu || M == kWithGelu || (training && run.dx);
+  sweep<A, 2>(0, length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+    const auto x = read ? load(run.x + j, lanes) : Vec<A>{};
+    const auto g = gradient<M, Add>(run, j, lanes, x, p, slope);
+    if (run.dresidual) store(run.dresidual + j, g, lanes);
+    if (!run.dx) return;
+    const auto scale = p.scale.at(j, lanes);
+    if (training) {
+      const ChannelBackward<Vec<A>> dx{p.mean.at(j, lanes), scale, p.offset.at(j, lanes), p.slope.at(j, lanes)};
+      store(run.dx + j, dx(g, x), lanes);
+    } else {
+      store(run.dx + j, scale * g, lanes);
+    }
+  });
+}
+
+// run.operator()<M, Add>() for what a call asks for.
+template <class F>
+void with_mode(Mode mode, bool add, const F& run) {
+  auto added = [&]<Mode M>() { add ? run.template operator()<M, true>() : run.template operator()<M, false>(); };
+  switch (mode) {
+    case kPlain:
+      return added.template operator()<kPlain>();
+    case kRectified:
+      return added.template operator()<kRectified>();
+    case kMasked:
+      return added.template operator()<kMasked>();
+    case kWithSilu:
+      return added.template operator()<kWithSilu>();
+    case kWithGelu:
+      return added.template operator()<kWithGelu>();
+  }
+}
+
+}  // namespace fusedtricks::FT_ISA
