@@ -128,6 +128,10 @@ struct Operands {
   }
 };
 
+// What was read last is written first, for it is still in the caches; so many chunks of rows at a time are walked
+// forwards, as prefetchers expect.
+constexpr int64_t kChunksBack = 16;
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T, class A = Acc<T>>
@@ -180,11 +184,19 @@ struct Forward {
       }
     };
     with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
+      if (!measured) {
+        for (int64_t c = 0; c < s.channels; ++c) finish(c);
+        // In the order of memory: a chunk is then the same group of images for every channel.
+        parallel(s.channels * cut.chunks, s.samples() / cut.chunks, [&](int64_t begin, int64_t end) {
+          for (int64_t k = begin; k < end; ++k) write_chunk.template operator()<M, Add>(k % s.channels, k / s.channels);
+        });
+        return;
+      }
       if (s.channels >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
         // A channel after another: what was measured is still in the cache when it is written.
         parallel(s.channels, s.samples(), [&](int64_t begin, int64_t end) {
           for (int64_t c = begin; c < end; ++c) {
-            for (int64_t i = 0; measured && i < cut.chunks; ++i) measure_chunk(c, i);
+            for (int64_t i = 0; i < cut.chunks; ++i) measure_chunk(c, i);
             finish(c);
             for (int64_t i = cut.chunks; written && i-- > 0;) write_chunk.template operator()<M, Add>(c, i);
           }
@@ -192,11 +204,9 @@ struct Forward {
         return;
       }
       const int64_t cost = s.samples() / cut.chunks;
-      if (measured) {
-        parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
-          for (int64_t k = begin; k < end; ++k) measure_chunk(k / cut.chunks, k % cut.chunks);
-        });
-      }
+      parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) measure_chunk(k / cut.chunks, k % cut.chunks);
+      });
       for (int64_t c = 0; c < s.channels; ++c) finish(c);
       if (!written) return;
       parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
@@ -230,13 +240,16 @@ struct Forward {
     const Parameters<Column<A>> p{none, {values[1], 0}, {values[2], 0}, none, none};
     with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
       parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
-        for (int64_t row = cut.end(end - 1); row-- > cut.begin(begin);) {
-          Run<T> run{};
-          run.x = x.data + row * x.outer;
-          run.y = y + row * cut.width;
-          if (Add) run.residual = residual.data + row * residual.outer;
-          if (M == kMasked) run.bits = bits + row * cut.width / 8;
-          forward_run<M, Add>(run, row + 1 == cut.count ? cut.last : cut.width, p, slope);
+        for (int64_t i = end; i > begin; i -= kChunksBack) {
+          const int64_t first = std::max(begin, i - kChunksBack);
+          for (int64_t row = cut.begin(first); row < cut.end(i - 1); ++row) {
+            Run<T> run{};
+            run.x = x.data + row * x.outer;
+            run.y = y + row * cut.width;
+            if (Add) run.residual = residual.data + row * residual.outer;
+            if (M == kMasked) run.bits = bits + row * cut.width / 8;
+            forward_run<M, Add>(run, row + 1 == cut.count ? cut.last : cut.width, p, slope);
+          }
         }
       });
     });
@@ -482,7 +495,7 @@ struct Backward {
           Wide<A> sum_g[kMergedChannels] = {}, sum_gx[kMergedChannels] = {};
           const int64_t first = g * kMergedChannels, last = std::min(s.channels, first + kMergedChannels);
           if (summed) {
-            over_columns(cut, s, first, last, [&](int64_t c, int64_t j, int64_t chunk) {
+            over_columns(cut, s, first, last, [&](int64_t c, int64_t j, int64_t chunk, int64_t) {
               sum_g[c - first] += parts[2 * chunk][j], sum_gx[c - first] += parts[2 * chunk + 1][j];
             });
           }
@@ -498,8 +511,11 @@ struct Backward {
         spread(cut, s, values[i]);
       }
       parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
-        for (int64_t row = cut.end(end - 1); row-- > cut.begin(begin);) {
-          backward_run<M, Add>(run_at(row), row + 1 == cut.count ? cut.last : cut.width, p, slope, training);
+        for (int64_t i = end; i > begin; i -= kChunksBack) {
+          const int64_t first = std::max(begin, i - kChunksBack);
+          for (int64_t row = cut.begin(first); row < cut.end(i - 1); ++row) {
+            backward_run<M, Add>(run_at(row), row + 1 == cut.count ? cut.last : cut.width, p, slope, training);
+          }
         }
       });
     });

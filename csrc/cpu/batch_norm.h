@@ -108,12 +108,33 @@ struct Planes {
   }
 };
 
-// Sums over a chunk: f(run, j, lanes, terms) adds to terms[0..N-1]. Blocks are summed separately first, so rounding
-// errors stay those of short sums.
+// A running total in fp64.
+template <class A>
+struct Total {
+  Vec<double> part[sizeof(double) / sizeof(A)] = {};
+
+  void operator+=(Vec<A> v) {
+    if constexpr (std::is_same_v<A, double>) {
+      part[0] += v;
+    } else {
+      Vec<float, kVecBytes / 2> half[2];
+      std::memcpy(half, &v, sizeof v);
+      part[0] += __builtin_convertvector(half[0], Vec<double>);
+      part[1] += __builtin_convertvector(half[1], Vec<double>);
+    }
+  }
+  A sum() const {
+    if constexpr (std::is_same_v<A, double>) return sum_lanes<double>(part[0]);
+    return static_cast<A>(sum_lanes<double>(part[0] + part[sizeof(double) / sizeof(A) - 1]));
+  }
+};
+
+// Sums over a chunk: f(run, j, lanes, terms) adds to terms[0..N-1]. Short blocks are summed in A, blocks in fp64.
 template <class A, int N, class F>
 inline __attribute__((always_inline)) void reduce_runs(int64_t runs, int64_t length, A (&sums)[N], F&& f) {
-  constexpr int64_t kBlock = 128 * kLanes<A>;
-  Vec<A> total[N] = {}, part[4][N] = {};
+  constexpr int64_t kBlock = 32 * kLanes<A>;
+  Total<A> total[N];
+  Vec<A> part[4][N] = {};
   int64_t pending = 0;
   auto fold = [&] {
     for (int n = 0; n < N; ++n) {
@@ -132,14 +153,14 @@ inline __attribute__((always_inline)) void reduce_runs(int64_t runs, int64_t len
     }
   }
   fold();
-  for (int n = 0; n < N; ++n) sums[n] = sum_lanes<A>(total[n]);
+  for (int n = 0; n < N; ++n) sums[n] = total[n].sum();
 }
 
 // ---- chunks of rows -------------------------------------------------------------------------------------------------
 
 // Rows of `width` columns, a whole number of periods of channels x inner elements; the last row may be shorter.
 struct RowCut {
-  static constexpr int64_t kElements = 16384, kWidest = 4096, kColumns = 64;
+  static constexpr int64_t kMostRows = 128, kFewestChunks = 16, kWidest = 4096, kColumns = 64;
   int64_t width, count, last, rows, chunks;  // rows per chunk
 
   RowCut(const Channels& s, bool dense, bool mask) {
@@ -149,7 +170,7 @@ struct RowCut {
     if (dense) width *= period * vectors <= kWidest ? vectors : (mask ? bytes : 1);
     count = (s.numel() + width - 1) / width;
     last = s.numel() - (count - 1) * width;
-    rows = std::clamp<int64_t>(kElements / width, 32, 128) / kTogether * kTogether;
+    rows = std::clamp<int64_t>(count / kFewestChunks / kTogether, 1, kMostRows / kTogether) * kTogether;
     chunks = (count + rows - 1) / rows;
   }
 

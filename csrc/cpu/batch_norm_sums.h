@@ -99,20 +99,29 @@ inline void measure_columns(const RowCut& cut, int64_t chunk, const T* x, int64_
     store(s.unscale + j, broadcast(A(1)), lanes);
   });
   column_moments(cut, chunk, x, stride, s);
-  bool again = false;
-  for (int64_t j = 0; j < cut.width; ++j) {
-    if (!(s.d2[j] <= std::numeric_limits<A>::max())) s.unscale[j] = 1 / kOverflowScale<A>, again = true;
-  }
-  if (again) column_moments(cut, chunk, x, stride, s);
-  again = false;
-  for (int64_t j = 0; j < cut.width; ++j) {
-    const A count = static_cast<A>(cut.samples(chunk, j));
-    if (count > 0 && poorly_shifted(s.d[j], s.d2[j], count)) {
-      s.shift[j] += s.d[j] / count * s.unscale[j];
-      again = true;
+  // Registers of columns are looked at first, so that what is rare costs little.
+  auto any = [&](auto&& wrong) {
+    bool found = false;
+    for (int64_t j = 0; j < cut.width; j += kLanes<A>) {
+      const Tail lanes{static_cast<int>(std::min<int64_t>(kLanes<A>, cut.width - j))};
+      found = found || to_bits<A>(wrong(load(s.d + j, lanes), load(s.d2 + j, lanes)));
     }
+    return found;
+  };
+  if (any([](Vec<A>, Vec<A> d2) { return ~(d2 <= std::numeric_limits<A>::max()); })) {
+    for (int64_t j = 0; j < cut.width; ++j) {
+      if (!(s.d2[j] <= std::numeric_limits<A>::max())) s.unscale[j] = 1 / kOverflowScale<A>;
+    }
+    column_moments(cut, chunk, x, stride, s);
   }
-  if (again) column_moments(cut, chunk, x, stride, s);
+  const A most = static_cast<A>(cut.end(chunk) - first);
+  if (any([&](Vec<A> d, Vec<A> d2) { return d * d > (A(0.5) * std::max<A>(most - 1, 1)) * d2; })) {
+    for (int64_t j = 0; j < cut.width; ++j) {
+      const A count = static_cast<A>(cut.samples(chunk, j));
+      if (count > 0) s.shift[j] += s.d[j] / count * s.unscale[j];
+    }
+    column_moments(cut, chunk, x, stride, s);
+  }
 }
 
 // ---- merging --------------------------------------------------------------------------------------------------------
@@ -145,14 +154,19 @@ inline void merge_planes(const Planes& cut, const Channels& s, const ShiftedSums
   out.finish(c, mean, square);
 }
 
-// f(c, j, chunk) over all chunks of all columns that belong to channels first .. last - 1, in the order of memory.
+// f(c, j, chunk, samples) over all chunks of all columns that belong to channels first .. last - 1, in memory's order.
 template <class F>
 inline __attribute__((always_inline)) void over_columns(const RowCut& cut, const Channels& s, int64_t first,
                                                         int64_t last, F&& f) {
   for (int64_t start = 0; start < cut.width; start += s.channels * s.inner) {
     for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
+      const int64_t samples = cut.end(chunk) - cut.begin(chunk);
+      const bool shorter = cut.end(chunk) == cut.count && cut.last < cut.width;
       for (int64_t c = first; c < last; ++c) {
-        for (int64_t i = 0; i < s.inner; ++i) f(c, start + c * s.inner + i, chunk);
+        for (int64_t i = 0; i < s.inner; ++i) {
+          const int64_t j = start + c * s.inner + i;
+          f(c, j, chunk, samples - (shorter && j >= cut.last));
+        }
       }
     }
   }
@@ -165,13 +179,12 @@ inline void merge_columns(const RowCut& cut, const Channels& s, A* parts, int64_
                           const Statistics<A>& out) {
   Wide<A> sum[kMergedChannels] = {}, square[kMergedChannels] = {};
   auto part = [&](int64_t j, int64_t chunk) { return ColumnSums<A>(parts + chunk * 4 * cut.width, cut.width)[j]; };
-  auto count = [&](int64_t j, int64_t chunk) { return static_cast<Wide<A>>(cut.samples(chunk, j)); };
-  over_columns(cut, s, first, last, [&](int64_t c, int64_t j, int64_t chunk) {
-    sum[c - first] += part_sum(part(j, chunk), count(j, chunk));
+  over_columns(cut, s, first, last, [&](int64_t c, int64_t j, int64_t chunk, int64_t samples) {
+    sum[c - first] += part_sum(part(j, chunk), static_cast<Wide<A>>(samples));
   });
   for (int64_t c = 0; c < last - first; ++c) sum[c] /= static_cast<Wide<A>>(out.samples);
-  over_columns(cut, s, first, last, [&](int64_t c, int64_t j, int64_t chunk) {
-    square[c - first] += part_square(part(j, chunk), count(j, chunk), sum[c - first]);
+  over_columns(cut, s, first, last, [&](int64_t c, int64_t j, int64_t chunk, int64_t samples) {
+    square[c - first] += part_square(part(j, chunk), static_cast<Wide<A>>(samples), sum[c - first]);
   });
   for (int64_t c = first; c < last; ++c) out.finish(c, sum[c - first], square[c - first]);
 }

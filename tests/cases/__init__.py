@@ -55,8 +55,8 @@ class Case:
     gpu: dict[str, Shape]  # every regime of the GPU kernels, for what only a GPU can show
     optional: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()  # names that keep their dtype and take no gradient: labels, permutations, seeds
-    # By how much rounding of the arithmetic may grow in a shape, or for a gradient layout ("dy ..."), whose true result is
-    # nothing but cancellation.
+    # By how much rounding of the arithmetic may grow in a shape, or for a gradient layout ("dy ..."), whose true result
+    # is nothing but cancellation.
     amplified: dict[str, float] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     adversaries: dict[str, Adversary] = field(default_factory=dict)

@@ -84,8 +84,8 @@ SHAPES: dict[str, Shape] = {
     "no pixels": ((4, 3, 0, 3),),
 }
 # The true dx of two samples is almost zero: rstd, at most 1 / sqrt(eps), times the rounding of what cancels.
-# The same gradient everywhere makes dweight the sum of x^, which is zero but for the rounding of up to thousands of terms.
-AMPLIFIED = {"two samples": 320.0, "dy expanded scalar": 128.0}
+# The same gradient for every sample makes dweight the sum of x^: zero but for the rounding of up to thousands of terms.
+AMPLIFIED = {"two samples": 320.0, "dy expanded scalar": 128.0, "dy expanded rows": 128.0}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "eps=0.3": {"eps": 0.3},
