@@ -16,3 +16,4 @@ from fusedtricks.ops.layer_norm import LayerNorm as LayerNorm
 from fusedtricks.ops.mixup import Mixup as Mixup
 from fusedtricks.ops.rms_norm import RMSNorm as RMSNorm
 from fusedtricks.ops.shake_shake import ShakeShake as ShakeShake
+from fusedtricks.ops.sync_batch_norm import SyncBatchNorm as SyncBatchNorm

@@ -86,8 +86,14 @@ def track(
     if running_mean is None or (isinstance(samples, int) and samples == 0):
         return
     mean, rest, _, var = stats.detach()
-    factor = momentum if num_batches_tracked is None or momentum is not None else 1 / num_batches_tracked.to(mean.dtype)
-    unbiased = var * (samples / (samples - 1))
+    factor = momentum
+    if momentum is None:
+        factor = 0.0 if num_batches_tracked is None else 1 / num_batches_tracked.to(mean.dtype)
+    if isinstance(samples, Tensor):  # counted over processes: no host sync
+        factor = factor * (samples > 0)
+        unbiased = var * (samples / (samples - 1).clamp_min(1)).to(var.dtype)
+    else:
+        unbiased = var * (samples / (samples - 1))
     for running, new in ((running_mean, mean + rest), (running_var, unbiased)):
         running.copy_(running.to(new.dtype) * (1 - factor) + new * factor)
 
@@ -139,17 +145,20 @@ def derivative(z: Tensor, activation: int, slope: float) -> Tensor:
 # ---- the mask --------------------------------------------------------------------------------------------------------
 
 
+SHORT_RUN = 16
+
+
 def mask_rows(template: Tensor) -> tuple[int, int]:
     """Elements of a dense tensor (N, C, *) as (rows, columns): a bit row of the mask starts at a whole byte.
 
-    A row is one channel's run of neighbours in memory; where channels are innermost, the whole tensor.
+    A row is one channel's run of neighbours in memory; where runs are shorter than 16, the whole tensor.
     """
     total, channels = template.numel(), template.shape[1]
     inner = 1
     for d, size in enumerate(template.shape):
         if channels == 1 or (d != 1 and size > 1 and template.stride(d) < template.stride(1)):
             inner *= size
-    return (1, total) if inner == 1 else (total // inner if total else 0, inner)
+    return (1, total) if inner < SHORT_RUN else (total // inner if total else 0, inner)
 
 
 def pack(positive: Tensor, template: Tensor) -> Tensor:
@@ -181,8 +190,13 @@ def check(
     bias: Tensor | None,
     training: bool,
     eps: float,
+    *,
+    alone: bool = True,
 ) -> None:
-    """Raise torch's error for input that torch refuses. One expression decides; what was wrong is worked out after."""
+    """Raise torch's error for input that torch refuses. One expression decides; what was wrong is worked out after.
+
+    `alone`: is the batch all that its statistics are of, so that it must have two samples?
+    """
     try:
         shape = input.shape[1:2]
         fine = (
@@ -191,7 +205,7 @@ def check(
             and (eps > 0 or (eps == 0 and not training))
             and (running_mean is None) == (running_var is None)
             and (training or running_mean is not None)
-            and not (training and count(input) == 1)
+            and not (alone and training and count(input) == 1)
             and all(
                 p is None or (p.shape == shape and p.device == input.device and p.dtype in FLOATS)
                 for p in (running_mean, running_var, weight, bias)
@@ -200,15 +214,17 @@ def check(
     except (AttributeError, TypeError):
         fine = False
     if not fine:
-        _explain(input, training, eps, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+        _explain(
+            input, training, eps, alone, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+        )
 
 
-def _explain(input: Tensor, training: bool, eps: float, **parameters: Tensor | None) -> None:
+def _explain(input: Tensor, training: bool, eps: float, alone: bool, **parameters: Tensor | None) -> None:
     if not isinstance(input, Tensor):
         raise AttributeError(f"batch_norm: expected input to be a Tensor, but got {type(input).__name__}")
     if input.ndim < 2:
         raise IndexError(f"batch_norm: expected input of at least 2 dimensions (N, C, *), but got {input.ndim}")
-    if training and count(input) == 1:
+    if alone and training and count(input) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if training and eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")

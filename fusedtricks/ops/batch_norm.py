@@ -281,6 +281,8 @@ def batch_norm(
         RuntimeError: a parameter that is not (C,), tensors on different devices, no running statistics in evaluation.
         NotImplementedError: an integer or complex `input`.
     """
+    if isinstance(input, Tensor) and input.shape == (0,):  # torch takes it for no samples of no channels
+        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     buffers = (running_mean, running_var, None)
     return _run(input, None, weight, bias, buffers, training, momentum, eps, bn.IDENTITY, 0.0)
 

@@ -1,0 +1,95 @@
+"""swap and unswap keep everything but the forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from sweep import INTERPRETED
+
+import fusedtricks
+from fusedtricks import nn
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the public surface does not depend on the interpreter")
+
+
+class Own(torch.nn.BatchNorm2d):
+    pass
+
+
+def model() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.BatchNorm2d(4, momentum=None),
+        torch.nn.Sequential(torch.nn.LayerNorm(6), torch.nn.RMSNorm(6), torch.nn.BatchNorm2d(4, affine=False)),
+        Own(4),
+        torch.nn.SyncBatchNorm(4).eval(),
+    )
+
+
+def test_forwards_are_ours_and_all_else_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = model()
+    ours = copy.deepcopy(plain)
+    modules, parameters = list(ours.modules()), list(ours.parameters())
+    seen = []
+    ours[1].register_forward_hook(lambda *_: seen.append(1))
+    done = fusedtricks.swap(ours)
+    said = capsys.readouterr().out
+    assert str(done) in said
+    assert list(done.replaced) == ["1", "2.0", "2.1", "2.2", "4"]
+    assert list(done.left) == ["3"]
+    assert "subclass of BatchNorm2d" in done.left["3"]
+    kinds = (nn.BatchNorm2d, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d, nn.SyncBatchNorm)
+    assert tuple(type(ours.get_submodule(name)) for name in done.replaced) == kinds
+    assert all(a is b for a, b in zip(ours.modules(), modules, strict=True))
+    assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
+    assert [m.training for m in ours.modules()] == [m.training for m in plain.modules()]
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(ours(x), plain(x))
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+    assert seen == [1]
+
+    back = fusedtricks.unswap(ours, verbose=False)
+    assert list(back.replaced) == list(done.replaced)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in plain.modules()]
+    assert not capsys.readouterr().out
+    torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_twice_is_once() -> None:
+    ours = model()
+    fusedtricks.swap(ours, verbose=False)
+    assert not fusedtricks.swap(ours, verbose=False).replaced
+
+
+def test_the_model_itself() -> None:
+    norm = torch.nn.LayerNorm(4)
+    assert list(fusedtricks.swap(norm, verbose=False).replaced) == [""]
+    assert type(norm) is nn.LayerNorm
+
+
+def test_what_is_left_says_why() -> None:
+    replaced = torch.nn.LayerNorm(4)
+    replaced.forward = lambda x: x
+    parametrized = torch.nn.utils.parametrizations.weight_norm(torch.nn.LayerNorm(4), dim=None)
+    done = fusedtricks.swap(torch.nn.Sequential(replaced, parametrized), verbose=False)
+    assert not done.replaced
+    assert "instance" in done.left["0"]
+    assert "parametrized" in done.left["1"]
+
+
+def test_not_a_module() -> None:
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module.*list"):
+        fusedtricks.swap([torch.nn.LayerNorm(4)])
+
+
+def test_zero_init_residual() -> None:
+    block = torch.nn.Sequential(torch.nn.BatchNorm1d(3), nn.BatchNormAct1d(4))
+    assert fusedtricks.recipes.zero_init_residual([block]) == 1
+    assert block[1].weight.abs().sum() == 0
+    assert block[0].weight.sum() == 3
+    for wrong in (torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(3, affine=False)):
+        with pytest.raises(ValueError, match="that has a weight"):
+            fusedtricks.recipes.zero_init_residual([wrong])
