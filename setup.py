@@ -1,4 +1,4 @@
-"""Build of fusedtricks: one extension, `fusedtricks._C`, from every source under csrc/.
+"""Build of fusedtricks: the extension `fusedtricks._C` from the sources under csrc/, and `fusedtricks._plan` beside it.
 
 CUDA sources are built when nvcc is found; FUSEDTRICKS_CUDA=0 or 1 overrides (1 fails without nvcc). The targets are
 those of TORCH_CUDA_ARCH_LIST. Without a C++ compiler the package installs without the extension and says so.
@@ -70,7 +70,7 @@ def nvcc_targets() -> tuple[str, list[str]]:
 
 
 def ninja_file(cxx: str, output: Path, build: Path) -> str:
-    """The whole build: each CPU kernel for every instruction set, CUDA objects, one link."""
+    """The whole build of _C: each CPU kernel for every instruction set, CUDA objects, one link; and _plan beside it."""
     import pybind11
     import torch
 
@@ -98,12 +98,13 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
     deps = "-MF $out.d"
     lines = [
         "ninja_required_version = 1.3",
-        f"cxxflags = {' '.join([*common, *defines, *includes, *extra])}",
+        f"cxxflags = {' '.join([*common, *includes, *extra])}",
+        f"defines = {' '.join(defines)}",
         f"nvccflags = {' '.join(nvccflags)}",
-        f"rule cxx\n  command = {cxx} -MMD {deps} $cxxflags $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule cxx\n  command = {cxx} -MMD {deps} $cxxflags $defines $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule nvcc\n  command = {cuda}/bin/nvcc -MD {deps} $nvccflags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {cxx} $in -o $out {' '.join(link)}",
+        f"rule link\n  command = {cxx} $in -o $out {' '.join(link)} $libs",
     ]
     # ninja reads '$' and ':' and ' ' specially in paths.
     escape = lambda path: str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")  # noqa: E731
@@ -120,12 +121,22 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
     if cuda:
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             compile("nvcc", source, f"{source.stem}.cuda")
-    lines.append(f"build {escape(output)}: link {' '.join(objects)}\ndefault {escape(output)}\n")
+    lines.append(f"build {escape(output)}: link {' '.join(objects)}")
+    # The step plan of the optimizers needs torch's own headers, so it is a library of its own: see plan.cpp.
+    torch_includes = f"-isystem {torch_dir / 'include/torch/csrc/api/include'}"
+    plan = output.with_name(output.name.replace("_C", "_plan", 1))
+    plan_object = escape(build / "plan.o")
+    lines.append(f"build {plan_object}: cxx {escape(CSRC / 'plan.cpp')}\n  flags = {' '.join(python)} {torch_includes}")
+    lines.append("  defines =")
+    lines.append(f"build {escape(plan)}: link {plan_object}\n  libs = -ltorch_python")
+    lines.append(f"default {escape(output)} {escape(plan)}\n")
     return "\n".join(lines)
 
 
 class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "fusedtricks._plan":
+            return
         # A fixed place, unlike self.build_temp: a rebuild compiles only what changed.
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -138,7 +149,8 @@ class Build(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *jobs], check=True)
 
 
-extensions = [Extension("fusedtricks._C", sources=[])]
+# One build makes both: see ninja_file.
+extensions = [Extension("fusedtricks._C", sources=[]), Extension("fusedtricks._plan", sources=[])]
 if compiler() is None:
     extensions = []
     print("fusedtricks: no C++ compiler found; installing without compiled kernels (Triton on GPUs, PyTorch on CPUs)")
