@@ -1,0 +1,16 @@
+// sgd_ on the CPU.
+#include "../math/sgd.h"
+
+#include "multi_tensor.h"
+
+namespace fusedtricks::FT_ISA {
+
+void sgd_(const Tensor& table, const Tensor& segments, const Tensor& progress, const Tensor& hyper,
+          const Tensor& outcome, const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& norm,
+          std::optional<double> max_norm) {
+  step<SGD>(table, segments, progress, hyper, outcome, grad_scale, found_inf, norm, max_norm);
+}
+
+FT_CPU_KERNEL(sgd_);
+
+}  // namespace fusedtricks::FT_ISA

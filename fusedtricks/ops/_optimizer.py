@@ -1,0 +1,549 @@
+"""What all optimizers share: torch's interface around one operator call per device and step."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from fusedtricks.ops import _table
+from fusedtricks.ops._shard import Shard, dense, local, same_layout
+from fusedtricks.ops._table import Row, Rule
+
+
+def _load_plan() -> Any:
+    """fusedtricks._plan, or None where it was not built, or for another torch: every step is then planned anew."""
+    if importlib.util.find_spec("fusedtricks._plan") is None:
+        return None
+    try:
+        return importlib.import_module("fusedtricks._plan")
+    except ImportError:
+        return None
+
+
+_plan = _load_plan()
+STRUCTURE, POINTERS, HYPERS = (1, 2, 4) if _plan is None else (_plan.STRUCTURE, _plan.POINTERS, _plan.HYPERS)
+# Besides a rule's own, the keys of a group whose change asks for a new table.
+SHAPING = frozenset({"params", "fused", "foreach", "differentiable", "capturable"})
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """One launch per step and device, whatever the number of parameters and groups.
+
+    Everything torch's class of the same name has works as there: arguments, defaults, groups, hooks, closures,
+    schedulers, GradScaler, state_dict in both directions. `fused=False` and `differentiable=True` run torch's own code;
+    otherwise our kernels run, whatever `fused` and `foreach` say. Sparse gradients are refused, or served by torch's
+    code, as torch does. Arithmetic is float32 for 16-bit parameters, float64 for float64; scalars such as bias
+    corrections are computed in float64.
+
+    Keyword-only additions:
+        master_weights: "fp32" keeps a float32 copy of every 16-bit parameter as `state["master"]`; "remainder" keeps
+            only the 16 bits that a bfloat16 parameter lacks of it, with the same result to the bit. Moments are then
+            float32 unless `state_dtype` says otherwise.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that small updates count on average.
+            The random bits depend on `group["rounding_seed"]`, drawn from torch's default generator, the step and the
+            element alone.
+        state_dtype: of the moments of 16-bit parameters: None (the parameter's, as torch), or torch.float32.
+        max_grad_norm: clip the gradients' norm over all parameters, as torch.nn.utils.clip_grad_norm_ does, without
+            writing them. The norm is left as `.grad_norm`.
+        ema_decay: keep `state["ema"]`, an exponential average of the weights, in the same pass: ema = ema_decay ema +
+            (1 - ema_decay) weight, starting from the weight before its first step. See :meth:`averaged_parameters`.
+
+    After a step, `.grad_norm` (0-dim float32; zero without `max_grad_norm`) and `.step_skipped` (0-dim bool: GradScaler
+    found infinities) are tensors on the device of the first parameter; reading them is what synchronises.
+
+    Raises:
+        ValueError: options that do not fit together or with torch's code.
+        RuntimeError: sparse gradients where torch refuses them, capture of a graph with parameters without gradients.
+    """
+
+    rule: ClassVar[Rule]
+    torch_class: ClassVar[type[torch.optim.Optimizer]]
+    extra_defaults: ClassVar[dict[str, Any]] = {}
+    initial_state: ClassVar[str | None] = None  # the default whose value moments start from
+    sparse_refusal: ClassVar[str] = "{name} does not support sparse gradients"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.torch_class = next(c for c in cls.__mro__ if c.__module__.startswith("torch.optim."))
+        theirs = inspect.signature(cls.torch_class.__init__).parameters
+        own = [p for p in inspect.signature(FusedOptimizer.__init__).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        extra = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in cls.extra_defaults.items()]
+        added = [p for p in (*own, *extra) if p.name not in theirs]
+        cls.__signature__ = inspect.Signature([*list(theirs.values())[1:], *added])
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        fused: bool | None = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        **kwargs: Any,
+    ):
+        if master_weights not in (None, "fp32", "remainder"):
+            raise ValueError(f'Invalid master_weights: {master_weights!r}; expected None, "fp32" or "remainder"')
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(f"Invalid state_dtype: {state_dtype}; expected None or torch.float32")
+        if max_grad_norm is not None and not max_grad_norm >= 0.0:
+            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+        if ema_decay is not None and not 0.0 <= ema_decay <= 1.0:
+            raise ValueError(f"Invalid ema_decay: {ema_decay}")
+        if master_weights and stochastic_rounding:
+            raise ValueError("master_weights are rounded to nearest; stochastic_rounding is for weights without them")
+        self.master_weights, self.stochastic_rounding, self.state_dtype = (
+            master_weights,
+            stochastic_rounding,
+            state_dtype,
+        )
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self._forget()
+        self._versions: dict[Tensor, int] = {}
+        extra = {key: kwargs.pop(key, default) for key, default in self.extra_defaults.items()}
+        if "fused" in inspect.signature(self.torch_class.__init__).parameters:
+            kwargs["fused"] = fused
+        else:
+            extra["fused"] = fused
+            if fused and kwargs.get("differentiable"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if fused and kwargs.get("foreach"):
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        super().__init__(params, *args, **kwargs)
+        self.defaults.update(extra)
+        if stochastic_rounding:
+            # Below 2^53, so that float64 holds it with the step added.
+            self.defaults["rounding_seed"] = int(torch.randint(2**52, ()))
+        self._complete_groups()
+        if self._by_torch() and (self._extras() or any(extra.get(k) for k in self.extra_defaults)):
+            raise ValueError(
+                f"fused=False and differentiable=True run torch's {type(self).__name__}, without additions"
+            )
+
+    # ---- torch's protocol --------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step; `closure` re-evaluates the model and returns the loss, which is then returned."""
+        if torch.compiler.is_compiling():
+            return self._step_eagerly(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._run()
+        return loss
+
+    @torch._dynamo.disable
+    def _step_eagerly(self, closure: Callable[[], float] | None) -> Any:
+        return FusedOptimizer.step(self, closure)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("master_weights", "stochastic_rounding", "state_dtype", "max_grad_norm", "ema_decay")
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in own},
+            "_unset_buffers": self._unset(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
+        self._versions = {}
+        super().__setstate__(state)
+        self._complete_groups()
+
+    def state_dict(self) -> dict[str, Any]:
+        packed = super().state_dict()
+        unset = self._unset()
+        if unset:  # a buffer whose first step was skipped is still to be set, not to be averaged with
+            ids = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+            for p in unset:
+                kept = {k: v for k, v in packed["state"][ids[id(p)]].items() if k != self.rule.states[0]}
+                packed["state"][ids[id(p)]] = kept
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but states keep the dtype they were saved in, and groups their `fused`, which is no state."""
+        fused = [group["fused"] for group in self.param_groups]
+        loaded: dict[str, Any] = {}
+        handle = self.register_load_state_dict_pre_hook(lambda _, d: loaded.update(d))  # the last: it sees what loads
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        self._forget()
+        self._versions = {}
+        for group, flag in zip(self.param_groups, fused, strict=True):
+            group["fused"] = flag
+        ids = (i for g in loaded["param_groups"] for i in g["params"])
+        for i, p in zip(ids, (p for g in self.param_groups for p in g["params"]), strict=True):
+            for key, value in loaded["state"].get(i, {}).items():
+                mine = self.state[p].get(key)
+                if isinstance(value, Tensor) and isinstance(mine, Tensor) and mine.dtype != value.dtype:
+                    self.state[p][key] = value.to(p.device if key != "step" else mine.device)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return not self._by_torch()
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructors set it; ours follows from the groups."""
+
+    def _complete_groups(self) -> None:
+        """Groups that came without our keys, such as those of a torch checkpoint, get this optimizer's defaults."""
+        for group in self.param_groups:
+            for key in ("fused", "rounding_seed", *self.extra_defaults):
+                if key in self.defaults:
+                    group.setdefault(key, self.defaults[key])
+
+    # ---- what a step leaves ------------------------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor:
+        return torch.zeros(()) if self._outcome is None else self._outcome[0]
+
+    @property
+    def step_skipped(self) -> Tensor:
+        return torch.zeros((), dtype=torch.bool) if self._outcome is None else self._outcome[1] != 0
+
+    @contextlib.contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Inside the block the parameters hold their averages (`ema_decay`); afterwards their own values again."""
+        if self.ema_decay is None:
+            raise RuntimeError("averaged_parameters: this optimizer was made without ema_decay")
+        with torch.no_grad():
+            averaged = [p for g in self.param_groups for p in g["params"] if "ema" in self.state.get(p, {})]
+            before = [p.detach().clone() for p in averaged]
+            for p in averaged:
+                p.copy_(self.state[p]["ema"])
+        try:
+            yield
+        finally:
+            self._harvest_versions()
+            with torch.no_grad():
+                for p, value in zip(averaged, before, strict=True):
+                    p.copy_(value)
+            self._versions.update({p: p._version for p in averaged if p in self._versions})
+            self._plan = None
+
+    def push_hyperparameters(self) -> None:
+        """Bring changes of lr, weight_decay, ... to captured CUDA graphs: call before replaying one."""
+        if self._plan is not None and not self._plan.check(self.param_groups, self.state) & STRUCTURE:
+            for shard in self._shards:
+                shard.upload_hypers()
+        elif self._shards:
+            self._read_hypers()
+            for shard in self._shards:
+                shard.upload_hypers()
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        plan = self._plan
+        changes = STRUCTURE if plan is None else plan.check(self.param_groups, self.state)
+        if changes & STRUCTURE:
+            if self._by_torch():
+                self._forget()
+                step = self.torch_class.step
+                while getattr(step, "hooked", False):  # our own step has run the hooks
+                    step = step.__wrapped__
+                step(self)
+                return
+            self._build()
+            plan, changes = self._plan, POINTERS | HYPERS
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._capture_checked:
+            self._check_capture()
+        norm = self._norm(grad_scale) if self._norm_apart else None
+        for shard in self._shards:
+            shard.run(self.rule.op, changes, grad_scale, found_inf, norm, self.max_grad_norm)
+        if self._aside or self._sparse:
+            self._run_aside(grad_scale, found_inf, norm)
+        if plan is not None:
+            plan.bump_versions(grad_scale is not None)
+        else:
+            rows = [p for shard in self._shards for p in shard.params]
+            if rows:
+                torch.autograd.graph.increment_version(rows)
+            if self.master_weights:
+                self._versions.update({p: p._version for p in rows})
+
+    def _forget(self) -> None:
+        self._plan = self._outcome = None
+        self._shards: list[Shard] = []
+        self._aside: list[tuple[int, Row]] = []
+        self._sparse: list[tuple[dict[str, Any], Tensor]] = []
+        self._absent: list[Tensor] = []
+        self._fresh: dict[Tensor, tuple[Any, int]] = {}
+        self._norm_apart = self._capture_checked = False
+
+    def _by_torch(self) -> bool:
+        return any(g.get("fused") is False or g.get("differentiable", False) for g in self.param_groups)
+
+    def _extras(self) -> bool:
+        options = (self.master_weights, self.max_grad_norm, self.ema_decay, self.state_dtype)
+        return self.stochastic_rounding or any(o is not None for o in options)
+
+    @torch.no_grad()
+    def _build(self) -> None:
+        """The table of all parameters that have a gradient, and what makes it out of date."""
+        self._harvest_versions()
+        fresh = {p: place for p, place in self._fresh.items() if p in self._unset()}
+        self._forget()
+        hyper = torch.zeros(len(self.param_groups), _table.HYPERS, dtype=torch.float64)
+        hyper[:, _table.EMA_DECAY] = self.ema_decay or 0.0
+        self._hyper = hyper
+        rows: dict[torch.device, list[tuple[int, int, Row, Tensor, Tensor | None]]] = {}
+        seen: set[Tensor] = set()
+        wrapped, stream = False, 0
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                stream += 1
+                if p.grad is None:
+                    self._absent.append(p)
+                    continue
+                if p.grad.layout != torch.strided:
+                    self._refuse_sparse(group, p)
+                    self._sparse.append((group, p))
+                    continue
+                row = self._row(group, p, stream, fresh)
+                kind = None if p in seen else _kind(row)
+                seen.add(p)
+                wrapped |= type(p) not in (Tensor, torch.nn.Parameter)
+                if kind is None:
+                    self._aside.append((g, row))
+                    continue
+                source, row.grad = row.grad, _follow(row.grad, row.param)
+                rows.setdefault(p.device, []).append((kind, g, row, p, None if source is row.grad else source))
+        for device, list_ in rows.items():
+            self._shards.append(Shard(device, sorted(list_, key=lambda r: r[:2]), hyper))
+        self._capture_checked = any(s.device.type != "cpu" for s in self._shards)
+        self._norm_apart = self.max_grad_norm is not None and bool(
+            len(self._shards) > 1 or self._aside or self._sparse or wrapped
+        )
+        self._outcome = self._shards[0].outcome if self._shards else torch.zeros(2)
+        self._fresh = {
+            p: (shard, i)
+            for shard in self._shards
+            for i, (p, r) in enumerate(zip(shard.params, shard.rows, strict=True))
+            if r.flags & _table.FIRST_MOMENTUM
+        }
+        self._plan = None
+        if _plan is None or wrapped or self._sparse or self._aside or len(self._shards) > 1:
+            self._read_hypers()
+            return
+        columns = {
+            key: list(places) for key, places in (*self.rule.columns.items(), ("rounding_seed", ((-1, _table.SEED),)))
+        }
+        plan = _plan.Plan(self.param_groups, self.state, columns, set(SHAPING | self.rule.shape), hyper)
+        table, params, watched = torch.zeros(0, _table.COLUMNS, dtype=torch.int64), [], []
+        for shard in self._shards:
+            table, params, watched = shard.table, shard.params, shard.watched()
+        states = [self.state[p] for p in params if p in self.state]
+        plan.watch(params, states, watched, self._absent, table, bool(self.master_weights))
+        self._plan = plan
+
+    def _read_hypers(self) -> None:
+        for row, group in zip(self._hyper, self.param_groups, strict=True):
+            for key, places in (*self.rule.columns.items(), ("rounding_seed", ((-1, _table.SEED),))):
+                for index, column in places:
+                    if key in group:
+                        row[column] = float(group[key] if index < 0 else group[key][index])
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def _row(self, group: dict[str, Any], p: Tensor, stream: int, fresh: dict[Tensor, Any]) -> Row:
+        flags = 0
+        uses = self.rule.uses(group)
+        half = p.dtype in SIXTEEN_BITS
+        has_master = half and self.master_weights is not None
+        if half and p.dtype != torch.bfloat16 and (self.master_weights == "remainder" or self.stochastic_rounding):
+            what = "stochastic_rounding" if self.stochastic_rounding else 'master_weights="remainder"'
+            raise ValueError(f"{type(self).__name__}: {what} is for bfloat16 parameters, got {p.dtype}")
+        if not (any(uses) or self.rule.counts or has_master or self.ema_decay is not None or self._rounding(p)):
+            return Row(local(p), local(p.grad), [None] * len(uses), flags=self._rounding(p), stream=stream)
+        state = self.state[p]
+        self._scalars(group, p, state)
+        # Read before they are made: what torch's first step sees is a missing buffer.
+        new = self.rule.stem == "sgd" and uses[0] and (state.get(self.rule.states[0]) is None or p in fresh)
+        if new and group["dampening"] != 0:
+            flags |= _table.FIRST_MOMENTUM
+            fresh[p] = None  # also for a second mention of this parameter
+        states: list[Tensor | None] = []
+        for name, used in zip(self.rule.states, uses, strict=True):
+            if used:
+                state[name] = self._moment(p, state.get(name), has_master, name)
+            states.append(local(state[name]) if used else None)
+        if has_master:
+            self._master(p, state)
+        if self.ema_decay is not None and "ema" not in state:
+            weights = local(state["master"]) if self.master_weights == "fp32" and has_master else p.detach()
+            state["ema"] = _like(p, torch.float32 if half else p.dtype).copy_(weights)
+        flags |= self._rounding(p)
+        if has_master and self.master_weights == "remainder":
+            flags |= _table.REMAINDER
+        step, factor = state.get("step"), state.get(self.rule.factor) if self.rule.factor else None
+        if step is not None and step.dtype == torch.float64:
+            flags |= _table.STEP_FLOAT64
+        extra = [
+            local(state[k]) if k in state and on else None
+            for k, on in (("master", has_master), ("ema", self.ema_decay is not None))
+        ]
+        return Row(local(p), local(p.grad), states, *extra, step, factor, flags, stream)
+
+    def _rounding(self, p: Tensor) -> int:
+        return _table.STOCHASTIC if self.stochastic_rounding and p.dtype == torch.bfloat16 else 0
+
+    def _scalars(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+        """torch's 0-dim states, where the kernels can write them: on a GPU the step counts itself."""
+        # Stochastic rounding draws new bits every step, so it counts them for SGD too.
+        wanted = ["step"] if self.rule.counts or self._rounding(p) else []
+        wanted += [self.rule.factor] if self.rule.factor else []
+        beside = p.is_cuda or group.get("capturable") or group.get("fused")
+        device = p.device if beside else torch.device("cpu")
+        dtypes = (torch.float32, torch.float64)
+        for name in wanted:
+            value = state.get(name)
+            if value is None:
+                start = 0.0 if name == "step" else 1.0
+                dtype = _get_scalar_dtype(is_fused=group.get("fused"))
+                state[name] = torch.full((), start, dtype=dtype, device=device)
+            elif not isinstance(value, Tensor) or (p.is_cuda and value.device != p.device) or value.dtype not in dtypes:
+                state[name] = torch.as_tensor(value, dtype=torch.float32).to(device)
+        if len(wanted) == 2 and state[wanted[0]].dtype != state[wanted[1]].dtype:
+            state[wanted[1]] = state[wanted[1]].to(state[wanted[0]].dtype)
+
+    def _moment(self, p: Tensor, value: Tensor | None, has_master: bool, name: str) -> Tensor:
+        half = p.dtype in SIXTEEN_BITS
+        dtype = (self.state_dtype or (torch.float32 if has_master else p.dtype)) if half else p.dtype
+        if value is None:
+            start = self.defaults.get(self.initial_state, 0) if self.initial_state else 0
+            moment = _like(p, dtype)
+            return moment.fill_(complex(start, start) if p.is_complex() else start)
+        if value.layout != torch.strided:
+            value = value.to_dense()
+        if self.initial_state and value.dtype != dtype and self.state[p]["step"] == 0:
+            value = value.to(dtype)  # torch's constructor made it, in the parameter's dtype
+        if value.shape != p.shape:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected state '{name}' of the parameter's shape {list(p.shape)}, got "
+                f"{list(value.shape)}"
+            )
+        if dense(p) and not same_layout(value, p):  # a checkpoint from a model of another memory format
+            return _like(p, value.dtype).copy_(value)
+        return value
+
+    def _master(self, p: Tensor, state: dict[str, Any]) -> None:
+        remainder = self.master_weights == "remainder"
+        dtype = torch.int16 if remainder else torch.float32
+        master = state.get("master")
+        if master is None or master.dtype != dtype:
+            if master is None:
+                master = _like(p, dtype).copy_(torch.zeros_like(p) if remainder else p)
+            elif remainder:
+                master = _like(p, dtype).copy_(_table.split(master)[1])
+            else:
+                master = _like(p, dtype).copy_(_table.join(p, master))
+            state["master"] = master
+        elif self._versions.get(p, p._version) != p._version:
+            # Somebody else wrote to the parameter: there the master follows it.
+            shown = p if remainder else _table.visible(local(master), p.dtype)
+            kept = torch.zeros_like(master) if remainder else torch.where(shown == local(p), local(master), local(p))
+            master.copy_(kept)
+        if dense(p) and not same_layout(master, p):
+            state["master"] = _like(p, dtype).copy_(master)
+
+    def _harvest_versions(self) -> None:
+        if self._plan is not None and self.master_weights:
+            params = [p for shard in self._shards for p in shard.params]
+            self._versions.update(zip(params, self._plan.versions(), strict=True))
+
+    def _unset(self) -> list[Tensor]:
+        """Parameters whose momentum buffer no step has set yet, where it matters (SGD with dampening)."""
+        return [p for p, (shard, i) in self._fresh.items() if shard.progress[i] == 0]
+
+    # ---- besides the kernels -----------------------------------------------------------------------------------------
+
+    def _refuse_sparse(self, group: dict[str, Any], p: Tensor) -> None:
+        if self._extras() or group.get("fused") or not hasattr(self, "_sparse_step"):
+            raise RuntimeError(self.sparse_refusal.format(name=type(self).__name__))
+
+    def _norm(self, grad_scale: Tensor | None) -> Tensor:
+        """Norm of all unscaled gradients, where they are not all in one table."""
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        if grad_scale is not None:
+            norm = norm / grad_scale.to(norm.device)
+        norm = norm.float()
+        self._outcome[0] = norm.to(self._outcome.device)
+        return norm
+
+    @torch.no_grad()
+    def _run_aside(self, grad_scale: Tensor | None, found_inf: Tensor | None, norm: Tensor | None) -> None:
+        """Parameters that no kernel takes: strided views, other devices, sparse gradients."""
+        if not self._shards:
+            self._outcome[1] = float(found_inf is not None and found_inf.item() != 0)
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        unscale = 1.0 if grad_scale is None else 1 / grad_scale.double().item()
+        factor = unscale * _table.clip_coefficient(0.0 if norm is None else norm.item(), self.max_grad_norm)
+        hypers = self._hyper.tolist()
+        for g, row in self._aside:
+            _table.update_row(self.rule, row, hypers[g], unscale, factor, grad_scale is not None)
+        for group, p in self._sparse:
+            if grad_scale is not None:
+                p.grad._values().mul_(unscale)
+            self._sparse_step(group, p)
+
+    def _check_capture(self) -> None:
+        self._accelerator_graph_capture_health_check()
+        if torch.cuda.is_current_stream_capturing() and self._absent:
+            raise RuntimeError(
+                f"{type(self).__name__}: {len(self._absent)} parameters have no gradient; a graph captured now would "
+                "never update them. Run a backward pass that reaches them, or leave them out of the optimizer."
+            )
+
+
+def _like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def _follow(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient with the strides of its parameter: itself where it has them."""
+    return grad if same_layout(grad, param) else torch.empty_like(param).copy_(grad)
+
+
+def _kind(row: Row) -> int | None:
+    """The table's code for the dtypes of a row, or None where no kernel takes it."""
+    p, moments = row.param, [s for s in row.states if s is not None]
+    if p.device.type not in ("cpu", "cuda") or type(p) not in (Tensor, torch.nn.Parameter) or not dense(p):
+        return None
+    others = [t for t in (row.grad, *moments, row.master, row.ema) if t is not None]
+    if any(t.device != p.device or t.shape != p.shape for t in others) or row.grad.dtype != p.dtype:
+        return None
+    if any(not same_layout(t, p) for t in others[1:]) or type(row.grad) is not Tensor:
+        return None
+    if (
+        p.is_complex()
+        or p.is_conj()
+        or p.is_neg()
+        or row.grad.is_neg()
+        or any(s.dtype != moments[0].dtype for s in moments)
+    ):
+        return None
+    scalars = [t for t in (row.step, row.factor) if t is not None]
+    if any(t.device != p.device for t in scalars):
+        return None
+    return _table.KINDS.get((p.dtype, moments[0].dtype if moments else p.dtype))

@@ -1,0 +1,116 @@
+"""The parameters of one device: their table, and the operator call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedtricks._op import Op
+from fusedtricks.ops import _table
+from fusedtricks.ops._table import Row
+
+
+class Shard:
+    """`entries`: (kind, group, row, parameter, gradient before it was copied to the parameter's layout or None)."""
+
+    def __init__(self, device: torch.device, entries: list[tuple[int, int, Row, Tensor, Tensor | None]], hyper: Tensor):
+        self.device = device
+        self.rows = [row for _, _, row, _, _ in entries]
+        self.params = [p for _, _, _, p, _ in entries]
+        self.copied = [(source, row.grad) for _, _, row, _, source in entries if source is not None]
+        cells, segments, start = [], [], 0
+        for i, (kind, group, row, _, _) in enumerate(entries):
+            n = row.param.numel()
+            if not segments or segments[-1][0] != kind:
+                segments.append([kind, i, 0, 0])
+                start = 0 if device.type != "cpu" else start
+            segments[-1][2] += 1
+            segments[-1][3] += n
+            cells.append(_cells(row, kind, group, start))
+            start += n
+        self.table = torch.tensor(cells, dtype=torch.int64).reshape(-1, _table.COLUMNS)
+        self.segments = torch.tensor(segments, dtype=torch.int64).reshape(-1, 4)
+        self.progress = torch.zeros(len(entries), dtype=torch.int64, device=device)
+        self.outcome = torch.zeros(2, device=device)
+        self.hyper = hyper
+        self.remote = device.type != "cpu"
+        if self.remote:
+            self._on_device = torch.empty_like(self.table, device=device)
+            self._hyper_on_device = torch.empty_like(hyper, device=device)
+            # Captured graphs read these again at every replay, so they live as long as this does.
+            self._staged = [hyper.pin_memory()]
+
+    def watched(self) -> list[list[Tensor]]:
+        """What else rows point to, and would not notice being moved."""
+        return [[t for t in (*r.states, r.master, r.ema, r.step, r.factor) if t is not None] for r in self.rows]
+
+    def run(
+        self,
+        op: Op,
+        changes: int,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        norm: Tensor | None,
+        max_norm: float | None,
+    ) -> None:
+        table, hyper = self.table, self.hyper
+        if self.remote:
+            if changes:
+                self._upload(changes)
+            table, hyper = self._on_device, self._hyper_on_device
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(self.device, non_blocking=True)
+        if found_inf is not None:
+            found_inf = found_inf.to(self.device, non_blocking=True)
+        if norm is not None:
+            norm = norm.to(self.device, non_blocking=True)
+        op(table, self.segments, self.progress, hyper, self.outcome, grad_scale, found_inf, norm, max_norm)
+        if grad_scale is not None:
+            for source, copy in self.copied:
+                source.copy_(copy)
+
+    def _upload(self, changes: int) -> None:
+        if changes & 3:
+            # A fresh buffer each time: the copy before may not have been made yet.
+            staged = self.table.pin_memory()
+            self._on_device.copy_(staged, non_blocking=True)
+            if torch.cuda.is_current_stream_capturing():
+                self._staged.append(staged)
+        if changes & 4:
+            self.upload_hypers()
+
+    def upload_hypers(self) -> None:
+        if self.remote:
+            self._staged[0].copy_(self.hyper)
+            self._hyper_on_device.copy_(self._staged[0], non_blocking=True)
+
+
+def _cells(row: Row, kind: int, group: int, start: int) -> list[int]:
+    address = lambda t: 0 if t is None else t.data_ptr()  # noqa: E731
+    states = [address(t) for t in row.states]
+    cells = [row.param.numel(), kind, group, row.flags, address(row.param), address(row.grad)]
+    cells += [*states, *[0] * (3 - len(states)), *map(address, (row.master, row.ema, row.step, row.factor))]
+    cells += [row.stream, start]
+    return cells + [0] * (_table.COLUMNS - len(cells))
+
+
+def local(t: Tensor | None) -> Tensor | None:
+    """The shard of a DTensor that this process holds; anything else as it is."""
+    if t is None or type(t) in (Tensor, torch.nn.Parameter) or not hasattr(t, "_local_tensor"):
+        return t
+    part = t._local_tensor
+    return part if type(part) is Tensor else t.to_local()
+
+
+def dense(t: Tensor) -> bool:
+    """No gaps and no overlaps in memory."""
+    if type(t) not in (Tensor, torch.nn.Parameter):
+        return True
+    return t.is_contiguous() or t.stride() == torch.empty_like(t, device="meta").stride()
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Do equal indices lie at equal offsets?"""
+    if a.stride() == b.stride() or a.numel() <= 1:
+        return True
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
