@@ -50,6 +50,10 @@ class Library:
         """Names, with template arguments, of the kernels that have been launched."""
         return self._lib.ft_launched().decode().splitlines()
 
+    def launches(self) -> int:
+        """How many kernels have been launched."""
+        return self._lib.ft_launches()
+
     @contextlib.contextmanager
     def device(
         self, *, processors: int = 2, threads: int = 1024, shared: int = 227 << 10, order: int = 0

@@ -216,6 +216,7 @@ struct Allocation {
 std::vector<Allocation> allocations;
 
 std::set<std::string> launched;
+int launches = 0;
 
 std::string name_of(const void* kernel) {
   Dl_info info;
@@ -283,6 +284,7 @@ const uint64_t* warp_exchange(unsigned mask, uint64_t shown, Site site) {
 void run(const void* kernel, dim3 grid, dim3 threads, size_t shared, const std::function<void()>& thread) {
   const int count = static_cast<int>(threads.x);
   const std::string name = name_of(kernel);
+  ++launches;
   launched.insert(name);
   while (static_cast<int>(block.fibers.size()) < count) {
     Fiber fiber{};
@@ -395,6 +397,9 @@ FT_EXPORT void ft_register(const char* ns) {
 FT_EXPORT void ft_configure(int processors, int threads, int shared, int order) {
   device = {processors, threads, std::min(shared, static_cast<int>(kMostShared)), order};
 }
+
+// How many kernels have been launched so far.
+FT_EXPORT int ft_launches() { return cuda_on_host::launches; }
 
 // Names of the kernels launched so far, a line each.
 FT_EXPORT const char* ft_launched() {
