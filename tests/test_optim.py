@@ -337,11 +337,13 @@ def test_every_instruction_set(name: str, backend: str) -> None:
             ps = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in ((45,), (3, 700))]
             o = make(name, ps, max_grad_norm=2.0, ema_decay=0.5, **options)
             with fusedtricks.backend(chosen):
-                for _ in range(3):
+                for step in range(3):
                     for p in ps:
                         p.grad = torch.randn(p.shape).to(dtype)
+                    if step:
+                        o.grad_scale, o.found_inf = torch.tensor(8.0), torch.tensor(0.0)
                     o.step()
-            results.append([*ps, *(o.state[p]["ema"] for p in ps), o.grad_norm])
+            results.append([*ps, *(p.grad for p in ps), *(o.state[p]["ema"] for p in ps), o.grad_norm])
         tolerance = 1e-6 if dtype != torch.float64 else 1e-12
         for a, b in zip(*results, strict=True):
             wide = dtype == torch.bfloat16 and a.dtype == torch.bfloat16

@@ -298,7 +298,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _build(self) -> None:
         """The table of all parameters that have a gradient, and what makes it out of date."""
         self._harvest_versions()
-        fresh = {p: place for p, place in self._fresh.items() if p in self._unset()}
+        unset = set(self._unset())
+        fresh = {p: place for p, place in self._fresh.items() if p in unset}
         self._forget()
         hyper = torch.zeros(len(self.param_groups), _table.HYPERS, dtype=torch.float64)
         hyper[:, _table.EMA_DECAY] = self.ema_decay or 0.0

@@ -9,11 +9,24 @@ from fusedtricks._op import Op
 from fusedtricks.ops import _table
 from fusedtricks.ops._table import Row
 
+# CUDA and Triton kernels take tiles of so many elements; a row begins with a tile of its own.
+TILE = 8192
+
 
 class Shard:
-    """`entries`: (kind, group, row, parameter, gradient before it was copied to the parameter's layout or None)."""
+    """`entries`: (kind, group, row, parameter, gradient before it was copied to the parameter's layout or None).
 
-    def __init__(self, device: torch.device, entries: list[tuple[int, int, Row, Tensor, Tensor | None]], hyper: Tensor):
+    `tiled`: count whole tiles in START, for kernels of a GPU.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        entries: list[tuple[int, int, Row, Tensor, Tensor | None]],
+        hyper: Tensor,
+        tiled: bool = False,
+    ):
+        tiled = tiled or device.type != "cpu"
         self.device = device
         self.rows = [row for _, _, row, _, _ in entries]
         self.params = [p for _, _, _, p, _ in entries]
@@ -23,14 +36,15 @@ class Shard:
             n = row.param.numel()
             if not segments or segments[-1][0] != kind:
                 segments.append([kind, i, 0, 0])
-                start = 0 if device.type != "cpu" else start
+                start = 0 if tiled else start
+            taken = -(-n // TILE) * TILE if tiled else n
             segments[-1][2] += 1
-            segments[-1][3] += n
+            segments[-1][3] += taken
             cells.append(_cells(row, kind, group, start))
-            start += n
+            start += taken
         self.table = torch.tensor(cells, dtype=torch.int64).reshape(-1, _table.COLUMNS)
         self.segments = torch.tensor(segments, dtype=torch.int64).reshape(-1, 4)
-        self.progress = torch.zeros(len(entries), dtype=torch.int64, device=device)
+        self.progress = torch.zeros(len(entries) + 1, dtype=torch.int64, device=device)
         self.outcome = torch.zeros(2, device=device)
         self.hyper = hyper
         self.remote = device.type != "cpu"

@@ -4,8 +4,9 @@ Every optimizer is one operator, `x_(table, segments, progress, hyper, outcome, 
 
     table      (N, COLUMNS) int64 on the parameters' device, a row for each parameter that has a gradient. Kernels reach
                tensors through addresses, so the cost of a step does not grow with the number of Python objects.
-    segments   (S, 4) int64 on the CPU: kind, first row, rows and elements of each run of rows of one kind.
-    progress   (N,) int64: steps taken since the row was made, or as many as its `step` says.
+    segments   (S, 4) int64 on the CPU: kind, first row, rows and elements of each run of rows of one kind. For kernels
+               of a GPU the elements of each row are rounded up to whole tiles, here and in START.
+    progress   (N + 1,) int64: steps taken since the row was made, or as many as its `step` says; a counter, left at 0.
     hyper      (groups, HYPERS) float64: lr, weight decay, ...; one launch serves all groups.
     outcome    (2,) float32, written: norm of the gradients; 1 if the step was skipped.
     grad_scale, found_inf   one element each, as torch.amp.GradScaler sets them: gradients are divided by the first and
@@ -189,11 +190,10 @@ def update_row(rule: Rule, row: Row, h: Sequence[float], unscale: float, factor:
         row.factor.fill_(after)
     if param.numel() == 0:
         return
-    g = grad.to(dtype)
+    scaled = grad.to(dtype)
+    g = scaled * factor
     if write:
-        grad.copy_(g * unscale)
-    if factor != 1:
-        g = g * factor
+        grad.copy_(scaled * unscale)
     if h[MAXIMIZE]:
         g = -g
     remainder = bool(row.flags & REMAINDER)
@@ -255,7 +255,7 @@ def step_table(
         row.taken = taken[i]
         update_row(rule, row, hypers[cells[GROUP]], unscale, factor, grad_scale is not None)
         taken[i] = row.taken
-    progress.copy_(torch.tensor(taken, dtype=torch.int64))
+    progress.copy_(torch.tensor(taken, dtype=torch.int64))  # with the counter, which stays
 
 
 def at(cells: Sequence[int], device: torch.device) -> Row:

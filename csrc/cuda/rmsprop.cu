@@ -1,0 +1,15 @@
+// rmsprop_ on CUDA devices.
+#include "math/rmsprop.h"
+#include "multi_tensor.cuh"
+
+namespace fusedtricks::cuda {
+
+void rmsprop_(const Tensor& table, const Tensor& segments, const Tensor& progress, const Tensor& hyper,
+              const Tensor& outcome, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+              const MaybeTensor& norm, std::optional<double> max_norm) {
+  step<RMSprop>("rmsprop_", table, segments, progress, hyper, outcome, grad_scale, found_inf, norm, max_norm);
+}
+
+FT_KERNEL(rmsprop_, "cuda", rmsprop_);
+
+}  // namespace fusedtricks::cuda
