@@ -35,7 +35,7 @@ TARGETS = {
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TYPES = {
-    **{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"},
+    **{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"},
     **{torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"},
 }
 
