@@ -13,7 +13,7 @@ from test_optim import NAMES, make
 import fusedtricks
 from fusedtricks.ops import _optimizer, _shard
 
-pytestmark = pytest.mark.skipif(not cuda_on_host.available(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not cuda_on_host.available(), reason="no C++ compiler")
 OPTIONS: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.float32, {}),
     (torch.float64, {}),
@@ -27,7 +27,10 @@ OPTIONS: list[tuple[torch.dtype, dict[str, Any]]] = [
 IDS = [f"{str(dtype)[6:]} {' '.join(options)}" for dtype, options in OPTIONS]
 
 
-def run(name: str, dtype: torch.dtype, options: dict[str, Any], kernel: Any, amp: bool) -> tuple[list[Any], list[Any]]:
+def run(
+    name: str, dtype: torch.dtype, options: dict[str, Any], kernel: Any, amp: bool, kinds: int = 2
+) -> tuple[list[Any], list[Any]]:
+    """Four steps by a back end or by a launcher of CUDA kernels: parameters, norms and gradients; states."""
     torch.manual_seed(2)
     options = {k: v for k, v in options.items() if k != "eps" or name != "SGD"}
     sizes = ((9000,), (0,), (7,), (3, 333), (), (8192,))
@@ -35,16 +38,18 @@ def run(name: str, dtype: torch.dtype, options: dict[str, Any], kernel: Any, amp
     ps = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in sizes]
     ps.append(torch.nn.Parameter(base[1:]))  # no address of it is aligned to a vector
     ps[-1].data = base[1:]
-    ps.append(torch.nn.Parameter(torch.randn(33, dtype=torch.float64)))  # a second kind
+    if kinds == 2:
+        ps.append(torch.nn.Parameter(torch.randn(33, dtype=torch.float64)))
     o = make(name, [{"params": ps[::2]}, {"params": ps[1::2], "lr": 0.1}], **options)
     rule, missing = o.rule, ps[2]
     with pytest.MonkeyPatch.context() as patch:
-        if kernel is not None:
+        if callable(kernel):
             patch.setitem(rule.op._implementations, "cuda", kernel)
+        if kernel != "reference":
             tiled = lambda *args: _shard.Shard(*args, tiled=True)  # noqa: E731
             patch.setattr(_optimizer, "Shard", tiled)
         norms = []
-        with fusedtricks.backend("reference" if kernel is None else "cuda"):
+        with fusedtricks.backend("cuda" if callable(kernel) else kernel):
             for step in range(4):
                 for p in ps:
                     p.grad = torch.randn(p.shape).to(p.dtype)
@@ -58,15 +63,19 @@ def run(name: str, dtype: torch.dtype, options: dict[str, Any], kernel: Any, amp
     return [*ps, *norms, *grads], [v for p in ps for v in o.state.get(p, {}).values()]
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("dtype", "options"), OPTIONS, ids=IDS)
 def test_parity(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     amp = dtype != torch.float64 and "stochastic_rounding" not in options
     rule_op = f"{getattr(fusedtricks.optim, name).rule.stem}_"
     kernel = cuda_on_host.install()[rule_op]
-    (ours, states), (right, others) = run(name, dtype, options, kernel, amp), run(name, dtype, options, None, amp)
+    compare(*(run(name, dtype, options, by, amp) for by in (kernel, "reference")), dtype)
+
+
+def compare(ours: tuple[list[Any], list[Any]], right: tuple[list[Any], list[Any]], dtype: torch.dtype) -> None:
     half = dtype in (torch.float16, torch.bfloat16)
-    for a, b in zip([*ours, *states], [*right, *others], strict=True):
+    for a, b in zip([*ours[0], *ours[1]], [*right[0], *right[1]], strict=True):
         assert a.dtype == b.dtype
         # A last bit may be rounded either way, and with it what is drawn at random.
         limit = 2 * torch.finfo(dtype).eps if (half and a.dtype == dtype) or a.dtype == torch.int16 else 1e-5
@@ -78,6 +87,7 @@ def test_parity(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
         assert (a.isfinite() == b.isfinite()).all()
 
 
+@needs_compiler
 def test_order_of_blocks_does_not_matter() -> None:
     library, results = cuda_on_host.library(), []
     for order in (0, 1, 7):
@@ -88,6 +98,7 @@ def test_order_of_blocks_does_not_matter() -> None:
         assert torch.equal(a, b)
 
 
+@needs_compiler
 def test_one_launch_and_two_with_clipping() -> None:
     """For all groups; a launch for each combination of dtypes, and as many for the norm."""
     launches, library = [], cuda_on_host.library()

@@ -14,7 +14,7 @@ struct Math {
   static __device__ __forceinline__ double root(double v) { return sqrt(v); }
 };
 
-constexpr int kThreads = 256, kBlocksPerProcessor = 4;
+constexpr int kThreads = 128, kBlocksPerProcessor = 8;
 // Rows are dealt out in tiles of so many elements, and `kStart` counts whole tiles: see fusedtricks/ops/_shard.py.
 constexpr int64_t kTile = 8192;
 
@@ -136,10 +136,9 @@ __device__ __forceinline__ unsigned bits_of(float v) { return v == v ? __float_a
 __device__ __forceinline__ float with_remainder(unsigned upper, unsigned lower) {
   return __uint_as_float(((upper - (lower >> 15)) << 16) | lower);
 }
-__device__ __forceinline__ unsigned short as_bits(bf16 v) { return *reinterpret_cast<unsigned short*>(&v); }
+__device__ __forceinline__ unsigned short as_bits(bf16 v) { return __bfloat16_as_ushort(v); }
 __device__ __forceinline__ bf16 as_bf16(unsigned bits) {
-  const auto half = static_cast<unsigned short>(bits);
-  return *reinterpret_cast<const bf16*>(&half);
+  return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
 }
 
 // What one row of the table asks for, worked out once for a tile.
@@ -165,13 +164,20 @@ __device__ __forceinline__ void update_elements(const Tile<Rule, T, S>& tile, in
   T g[N], p[N];
   S s[Rule::kStates][N];
   float master[N];
-  unsigned short lower[N];
+  unsigned short lower[N] = {};
   A ema[N];
   load<N, Cache::kShared>(tile.grad + j, g);
-  const bool wide = !std::is_same_v<A, double> && sizeof(T) == 2;
-  if (!(wide && tile.master)) load<N, Cache::kShared>(tile.param + j, p);
+  constexpr bool wide = sizeof(T) == 2;
+  if (wide && tile.master) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) p[i] = narrow<T>(A(0));
+  } else {
+    load<N, Cache::kShared>(tile.param + j, p);
+  }
   if (wide && tile.master) load<N, Cache::kShared>(tile.master + j, master);
-  if (wide && tile.remainder) load<N, Cache::kShared>(tile.remainder + j, lower);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (tile.remainder) load<N, Cache::kShared>(tile.remainder + j, lower);
+  }
   if (tile.ema) load<N, Cache::kShared>(tile.ema + j, ema);
 #pragma unroll
   for (int k = 0; k < Rule::kStates; ++k) {
@@ -217,7 +223,9 @@ __device__ __forceinline__ void update_elements(const Tile<Rule, T, S>& tile, in
   }
   store<N, Cache::kStream>(p, tile.param + j);
   if (wide && tile.master) store<N, Cache::kStream>(master, tile.master + j);
-  if (wide && tile.remainder) store<N, Cache::kStream>(lower, tile.remainder + j);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (tile.remainder) store<N, Cache::kStream>(lower, tile.remainder + j);
+  }
   if (tile.ema) store<N, Cache::kStream>(ema, tile.ema + j);
   if (tile.write_grad) store<N, Cache::kStream>(g, tile.grad + j);
 #pragma unroll
@@ -257,7 +265,7 @@ __device__ void open_tile(const Step& a, int64_t index, double unscale, double f
 }
 
 template <class Rule, class T, int Width, class S>
-__global__ __launch_bounds__(kThreads, 2) void update_tiles(Step a) {
+__global__ __launch_bounds__(kThreads) void update_tiles(Step a) {
   __shared__ Tile<Rule, T, S> tile;
   const bool skip = a.found_inf && *a.found_inf != 0;
   const double unscale = a.grad_scale ? 1 / static_cast<double>(*a.grad_scale) : 1;
