@@ -2,6 +2,7 @@
 
 from fusedtricks import functional, nn, recipes
 from fusedtricks import functional, nn, optim
+from fusedtricks import functional, nn, optim, recipes
 from fusedtricks._op import backend, backends
 from fusedtricks.ops._target import MixedTarget
 from fusedtricks.swap import swap, unswap
@@ -9,3 +10,4 @@ from fusedtricks.swap import swap, unswap
 __version__ = "0.1.0"
 __all__ = ["MixedTarget", "backend", "backends", "functional", "nn", "recipes", "swap", "unswap"]
 __all__ = ["MixedTarget", "backend", "backends", "functional", "nn", "optim"]
+__all__ = ["MixedTarget", "backend", "backends", "functional", "nn", "optim", "recipes"]
