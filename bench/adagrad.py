@@ -1,0 +1,21 @@
+"""Adagrad: sizes, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+import fusedtricks.optim
+from bench import Moved, _optimizer
+
+OPERATION = _optimizer.Optimizer(
+    stands_in_for="optim.Adagrad",
+    ours=lambda params: fusedtricks.optim.Adagrad(params, lr=1e-3),
+    torch=lambda params: torch.optim.Adagrad(params, fused=True, lr=1e-3),
+    states=1,
+)
+
+
+def traffic() -> Iterator[Moved]:
+    return _optimizer.traffic("Adagrad", 1)

@@ -1,0 +1,21 @@
+"""AdamW: sizes, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+import fusedtricks.optim
+from bench import Moved, _optimizer
+
+OPERATION = _optimizer.Optimizer(
+    stands_in_for="optim.AdamW",
+    ours=lambda params: fusedtricks.optim.AdamW(params, lr=1e-3),
+    torch=lambda params: torch.optim.AdamW(params, fused=True, lr=1e-3),
+    states=2,
+)
+
+
+def traffic() -> Iterator[Moved]:
+    return _optimizer.traffic("AdamW", 2)
