@@ -141,6 +141,18 @@ __device__ __forceinline__ bf16 as_bf16(unsigned bits) {
   return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
 }
 
+// Random bits of N elements from j on: those of a whole block, or of one element.
+template <int N>
+__device__ __forceinline__ void draw(uint64_t seed, int64_t j, uint32_t stream, unsigned (&drawn)[N]) {
+  static_assert(N == 8 || N == 1);
+  const RandomBlock block(seed, static_cast<uint64_t>(j / 8), stream);
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {  // an index that is known when compiled keeps the block in registers
+    if (N == 8) drawn[k % N] = block.half(k);
+    if (N == 1 && k == j % 8) drawn[0] = block.half(k);
+  }
+}
+
 // What one row of the table asks for, worked out once for a tile.
 template <class Rule, class T, class S>
 struct Tile {
@@ -164,7 +176,7 @@ __device__ __forceinline__ void update_elements(const Tile<Rule, T, S>& tile, in
   T g[N], p[N];
   S s[Rule::kStates][N];
   float master[N];
-  unsigned short lower[N] = {};
+  unsigned lower[N] = {};
   A ema[N];
   load<N, Cache::kShared>(tile.grad + j, g);
   constexpr bool wide = sizeof(T) == 2;
@@ -176,17 +188,26 @@ __device__ __forceinline__ void update_elements(const Tile<Rule, T, S>& tile, in
   }
   if (wide && tile.master) load<N, Cache::kShared>(tile.master + j, master);
   if constexpr (std::is_same_v<T, bf16>) {
-    if (tile.remainder) load<N, Cache::kShared>(tile.remainder + j, lower);
+    if (tile.remainder) {
+      bf16 raw[N];
+      load<N, Cache::kShared>(reinterpret_cast<const bf16*>(tile.remainder + j), raw);
+#pragma unroll
+      for (int i = 0; i < N; ++i) lower[i] = as_bits(raw[i]);
+    }
   }
   if (tile.ema) load<N, Cache::kShared>(tile.ema + j, ema);
 #pragma unroll
   for (int k = 0; k < Rule::kStates; ++k) {
     if (tile.state[k]) load<N, Cache::kShared>(tile.state[k] + j, s[k]);
   }
+  [[maybe_unused]] unsigned drawn[N] = {};
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (tile.stochastic) draw(tile.seed, j, tile.stream, drawn);
+  }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     A gradient = widen(g[i]), weight;
-    if (tile.write_grad) g[i] = narrow<T>(gradient * tile.unscale);
+    g[i] = narrow<T>(gradient * tile.unscale);
     gradient = gradient * tile.factor;
     if (tile.maximize) gradient = -gradient;
     if (wide && tile.master) {
@@ -208,10 +229,10 @@ __device__ __forceinline__ void update_elements(const Tile<Rule, T, S>& tile, in
       if (tile.master || tile.remainder) {
         const unsigned bits = bits_of(weight);
         p[i] = as_bf16((bits + 0x8000u) >> 16);
-        lower[i] = static_cast<unsigned short>(bits);
+        lower[i] = bits & 0xffffu;
       } else if (tile.stochastic) {
         // Up with the probability of the part that is cut off; neither infinity nor NaN is touched.
-        const unsigned bits = bits_of(weight), random = random16(tile.seed, j + i, tile.stream);
+        const unsigned bits = bits_of(weight), random = drawn[i];
         p[i] = as_bf16((bits & 0x7f800000u) == 0x7f800000u ? bits >> 16 : (bits + random) >> 16);
       } else {
         p[i] = narrow<T>(weight);
@@ -224,7 +245,12 @@ __device__ __forceinline__ void update_elements(const Tile<Rule, T, S>& tile, in
   store<N, Cache::kStream>(p, tile.param + j);
   if (wide && tile.master) store<N, Cache::kStream>(master, tile.master + j);
   if constexpr (std::is_same_v<T, bf16>) {
-    if (tile.remainder) store<N, Cache::kStream>(lower, tile.remainder + j);
+    if (tile.remainder) {
+      bf16 raw[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) raw[i] = as_bf16(lower[i]);
+      store<N, Cache::kStream>(raw, reinterpret_cast<bf16*>(tile.remainder + j));
+    }
   }
   if (tile.ema) store<N, Cache::kStream>(ema, tile.ema + j);
   if (tile.write_grad) store<N, Cache::kStream>(g, tile.grad + j);
@@ -265,7 +291,7 @@ __device__ void open_tile(const Step& a, int64_t index, double unscale, double f
 }
 
 template <class Rule, class T, int Width, class S>
-__global__ __launch_bounds__(kThreads) void update_tiles(Step a) {
+__global__ __launch_bounds__(kThreads, 1) void update_tiles(Step a) {
   __shared__ Tile<Rule, T, S> tile;
   const bool skip = a.found_inf && *a.found_inf != 0;
   const double unscale = a.grad_scale ? 1 / static_cast<double>(*a.grad_scale) : 1;
