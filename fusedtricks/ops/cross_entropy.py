@@ -35,7 +35,7 @@ from fusedtricks.ops._target import MixedTarget
 # (fp64 for fp64), as are all results but dlogits. reduction: 0 none, 1 mean, 2 sum.
 _INPUTS = "Tensor target, Tensor? other, Tensor? lam, Tensor? weight"
 _OPTIONS = "int ignore_index, float on, float off, float z_loss, float softcap, float scale, int reduction"
-# loss: () or (*). stats (2, R): max(z), log sum exp(z - max). total (): what "mean" divides by. dlogits: d loss / d logits
+# loss: () or (*). stats (3, R): max(z), sum exp(z - max), Q. total (): what "mean" divides by. dlogits: d loss / d logits
 # if need_dlogits, with the strides of empty_like(logits), for a scalar reduction. rank (1 or 2, R) int32 if need_rank: how
 # many classes come before the label, ties in order of the classes; C where ignored. What is not wanted is empty.
 cross_entropy_fwd = Op(
@@ -102,17 +102,22 @@ def coefficients(logits: Tensor, target: Target, weight: Tensor | None, o: Optio
     return q, sum(mass for *_, mass in parts), share, ~(alive[0] | alive[-1])
 
 
-def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor]:
-    """max(z) and log sum exp(z - max)."""
+def top_and_sum(z: Tensor) -> tuple[Tensor, Tensor]:
+    """max(z) and sum exp(z - max)."""
     top = z.detach().amax(-1)
-    return top, (z - top.unsqueeze(-1)).exp().sum(-1).log()
+    return top, (z - top.unsqueeze(-1)).exp().sum(-1)
+
+
+def log_sum_exp(stats: Tensor) -> Tensor:
+    return stats[0] + stats[1].log()
 
 
 def losses(logits: Tensor, target: Target, weight: Tensor | None, o: Options) -> tuple[Tensor, Tensor]:
     """The loss of each row and its mass, in differentiable operations."""
     q, mass, share, dead = coefficients(logits, target, weight, o)
     z = scaled(logits.masked_fill(dead.unsqueeze(-1), 0.0), o)
-    top, logsum = log_sum_exp(z)
+    top, total = top_and_sum(z)
+    logsum = total.log()
     centred = z - top.unsqueeze(-1)
     inner = torch.where((q != 0) | (centred > -torch.inf), q * centred, 0.0).sum(-1)
     loss = q.sum(-1) * logsum - inner
@@ -156,7 +161,8 @@ def _(
     check_labels(t, logits.shape[-1], o.ignore_index)
     loss, mass = losses(logits, t, weight, o)
     total, loss = mass.sum(), reduced(loss, mass, o)
-    stats = torch.stack(log_sum_exp(scaled(logits, o))).reshape(2, mass.numel())
+    q = coefficients(logits, t, weight, o)[0].sum(-1)
+    stats = torch.stack((*top_and_sum(scaled(logits, o)), q)).reshape(3, mass.numel())
     dlogits, rank = logits.new_empty(0), logits.new_empty(0, dtype=torch.int32)
     if need_dlogits:
         dlogits = gradient(torch.ones_like(loss), None, logits, t, weight, stats, total, o)
@@ -176,10 +182,10 @@ def gradient(
     o: Options,
 ) -> Tensor:
     q, _, share, dead = coefficients(logits, target, weight, o)
-    top, logsum = stats.reshape(2, *logits.shape[:-1])
-    softmax = (scaled(logits, o) - top.unsqueeze(-1) - logsum.unsqueeze(-1)).exp()
+    top, normalizer, total_q = stats.reshape(3, *logits.shape[:-1])
+    softmax = (scaled(logits, o) - top.unsqueeze(-1)).exp() / normalizer.unsqueeze(-1)
     g = (dloss / total if o.reduction == 1 else dloss).expand(share.shape)
-    dz = (g * (q.sum(-1) + 2 * o.z_loss * share * (top + logsum))).unsqueeze(-1) * softmax - g.unsqueeze(-1) * q
+    dz = (g * (total_q + 2 * o.z_loss * share * (top + normalizer.log()))).unsqueeze(-1) * softmax - g.unsqueeze(-1) * q
     dz = dz.masked_fill(dead.unsqueeze(-1), 0.0)
     if dlse is not None:
         dz = dz + dlse.unsqueeze(-1) * softmax
@@ -207,7 +213,8 @@ def target_gradient(
     dloss: Tensor, logits: Tensor, t: Target, weight: Tensor | None, stats: Tensor, total: Tensor, loss: Tensor, o: Options
 ) -> Tensor:
     """d loss / d probabilities (*, C), or d loss / d lam, () or (*)."""
-    top, logsum = stats.reshape(2, *logits.shape[:-1])
+    top, normalizer, _ = stats.reshape(3, *logits.shape[:-1])
+    logsum = normalizer.log()
     z = scaled(logits, o) - top.unsqueeze(-1)
     g = dloss / total if o.reduction == 1 else dloss
     if t.first.is_floating_point():
@@ -248,9 +255,9 @@ class _CrossEntropy(torch.autograd.Function):
         need_rank: bool,
     ) -> Any:
         loss, stats, total, dlogits, rank = cross_entropy_fwd(logits, target, other, lam, weight, *o, early, need_rank)
-        lse = stats.sum(0).reshape(logits.shape[:-1]) if need_lse else None
+        lse = log_sum_exp(stats).reshape(logits.shape[:-1]) if need_lse else None
         ctx.save_for_backward(logits, target, other, lam, weight, stats, total, loss)
-        ctx.o, ctx.inplace, ctx.used = o, inplace, False
+        ctx.o, ctx.early, ctx.inplace, ctx.used = o, early, inplace, False
         ctx.dlogits = dlogits if early else None
         ctx.set_materialize_grads(False)
         if need_rank:
@@ -275,13 +282,14 @@ class _CrossEntropy(torch.autograd.Function):
         if need[1] or need[3]:
             made = target_gradient(dloss, logits, Target(target, other, lam), weight, stats, total, loss, o)
             dtarget, dlam = (made, None) if need[1] else (None, made)
-        if need[0] and ctx.dlogits is not None and dlse is None:
-            # Handed out once, so that it can become .grad without a copy; a further backward recomputes it.
-            dlogits, ctx.dlogits = ctx.dlogits, None
+        args = (target, other, lam, weight, stats, total, *o)
+        if need[0] and ctx.early:
+            # Handed out once, so that it can become .grad without a copy. A further backward makes it again: same bits.
+            made, ctx.dlogits = ctx.dlogits, None
+            dlogits = cross_entropy_bwd(torch.ones_like(dloss), None, logits, *args) if made is None else made
             if dloss != 1:
                 dlogits.mul_(dloss)
         elif need[0]:
-            args = (target, other, lam, weight, stats, total, *o)
             if ctx.inplace:
                 ctx.used = True
                 cross_entropy_bwd_(dloss, dlse, logits, *args)
@@ -295,8 +303,7 @@ class _CrossEntropy(torch.autograd.Function):
 def _composed(logits: Tensor, t: Target, weight: Tensor | None, o: Options) -> tuple[Tensor, Tensor]:
     """Loss and lse in plain PyTorch, differentiable any number of times and by every transform."""
     loss, mass = losses(logits, t, weight, o)
-    top, logsum = log_sum_exp(scaled(logits, o))
-    return reduced(loss, mass, o), top + logsum
+    return reduced(loss, mass, o), log_sum_exp(torch.stack(top_and_sum(scaled(logits, o))))
 
 
 def _composed_backward(ctx: Any, dloss: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -433,7 +440,7 @@ def _run(
         )
     else:
         loss, stats, _, _, rank = cross_entropy_fwd(logits, *t, weight, *o, False, bool(topk))
-        lse = stats.sum(0).reshape(logits.shape[:-1]) if need_lse else None
+        lse = log_sum_exp(stats).reshape(logits.shape[:-1]) if need_lse else None
     return loss, lse, _correct(rank, t, topk)
 
 
