@@ -193,21 +193,27 @@ struct Pass {
 };
 
 constexpr int64_t kFewClasses = 24;
+// Results beyond this are streamed past the caches.
+constexpr int64_t kCacheBytes = 32 << 20;
 
 template <class T, class P, bool Plain, bool Probabilities, class A = Acc<T>>
 void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& targets, const Pass<T>& pass) {
   const T* x0 = static_cast<const T*>(l.x.const_data_ptr());
   const P* t0 = Probabilities ? static_cast<const P*>(l.t.const_data_ptr()) : nullptr;
   const int64_t R = l.rows.count, C = l.classes;
+  const bool far = R * C * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
   parallel(R, C, [&](int64_t begin, int64_t end) {
-    // Exponentials of a row; in the result itself where that has their type.
-    std::unique_ptr<A[]> scratch(pass.forward && pass.dx && !std::is_same_v<T, A> ? new A[static_cast<size_t>(C)] : nullptr);
+    // Exponentials of a row; in the result itself where that has their type and stays in the caches.
+    const bool in_result = std::is_same_v<T, A> && !far;
+    std::unique_ptr<A[]> scratch(pass.forward && pass.dx && !in_result ? new A[static_cast<size_t>(C)] : nullptr);
     typename Rows<4>::Walk at(l.rows, begin);
     for (int64_t left = end - begin; left > 0; --left) {
       const T* x = x0 + at.offset[1];
       const P* t = Probabilities ? t0 + at.offset[3] : nullptr;
       T* dx = pass.dx ? pass.dx + at.offset[0] : nullptr;
       const int64_t r = at.offset[2];
+      if (left > 1) at.next();
+      const T* next = x0 + at.offset[1];
       RowTarget<A> target;
       targets.set(target, r);
       A top, sum;
@@ -216,11 +222,10 @@ void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& 
         top = row_top(loss, x);
         A sums[3];
         if (dx) {
-          if constexpr (std::is_same_v<T, A>) kept = dx;
-          if constexpr (!std::is_same_v<T, A>) kept = scratch.get();
-          row_sums<true, Probabilities>(loss, x, t, top, kept, sums);
+          kept = in_result ? reinterpret_cast<A*>(dx) : scratch.get();
+          row_sums<true, Probabilities>(loss, x, t, top, kept, next, sums);
         } else {
-          row_sums<false, Probabilities>(loss, x, t, top, kept, sums);
+          row_sums<false, Probabilities>(loss, x, t, top, kept, next, sums);
         }
         sum = sums[0];
         const A logsum = log<A>(broadcast(sum))[0];
@@ -243,17 +248,22 @@ void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& 
         const A g = (pass.one_dloss ? *pass.dloss : pass.dloss[r]) * pass.scale;
         const A lse = target.z != A(0) ? top + log<A>(broadcast(sum))[0] : A(0), unit = A(1) / sum;
         const auto slope = row_slope(target, g, pass.dlse != nullptr, pass.dlse ? pass.dlse[r] : A(0), lse);
+        auto differentiate = [&]<bool Stream>(const auto& e) {
+          row_gradient<Probabilities, Stream>(loss, x, t, target, slope, unit, e, dx);
+        };
+        auto streamed = [&](const auto& e) {
+          const bool aligned = reinterpret_cast<uintptr_t>(dx) % (kLanes<A> * sizeof(T)) == 0;
+          far && aligned && dx != x ? differentiate.template operator()<true>(e)
+                                    : differentiate.template operator()<false>(e);
+        };
         if (kept) {
-          row_gradient<Probabilities>(loss, x, t, target, slope, unit,
-                                      [&](int64_t j, auto lanes) { return load(kept + j, lanes); }, dx);
+          streamed([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
         } else {
-          row_gradient<Probabilities>(
-              loss, x, t, target, slope, unit,
-              [&](int64_t j, auto lanes) { return exp<A>(loss.z(load(x + j, lanes)) - top); }, dx);
+          streamed([&](int64_t j, auto lanes) { return exp<A>(loss.z(load(x + j, lanes)) - top); });
         }
       }
-      if (left > 1) at.next();
     }
+    fence();
   });
 }
 

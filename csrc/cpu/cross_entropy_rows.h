@@ -56,6 +56,32 @@ struct Loss {
   Vec<A> q(Vec<A> t, Vec<A> w) const { return (o.on * t + o.off) * w; }
 };
 
+// A store that leaves the caches alone and spares the read of a line before it is overwritten: for results that no cache
+// could hold. `p` is aligned to the register.
+template <class T>
+inline void stream(T* p, Vec<Acc<T>> v, Full) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(v, T{}));
+  return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(v, T{}));
+  return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  store(p, v, Full{});
+#endif
+}
+template <class T>
+inline void stream(T* p, Vec<Acc<T>> v, Tail t) {
+  store(p, v, t);
+}
+
+// After it, other threads see what was streamed.
+inline void fence() {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // ---- one row --------------------------------------------------------------------------------------------------------
 
 // max z of a row; NaN is passed over, and shows in the sum.
@@ -70,10 +96,13 @@ inline A row_top(const Loss<T, P, Plain>& loss, const T* x) {
   return loss.z(most);
 }
 
-// sums: exp(z - top); w (z - top), or q (z - top); q. With Keep, exp(z - top) goes to `kept`.
+// sums: exp(z - top); w (z - top), or q (z - top); q. With Keep, exp(z - top) goes to `kept`. Meanwhile the row that is
+// next, at `next`, travels to the caches: this is where the arithmetic takes its time.
 template <bool Keep, bool Probabilities, class T, class P, bool Plain, class A = Acc<T>>
-inline void row_sums(const Loss<T, P, Plain>& loss, const T* x, const P* t, A top, A* kept, A (&sums)[3]) {
+inline void row_sums(const Loss<T, P, Plain>& loss, const T* x, const P* t, A top, A* kept, const T* next,
+                     A (&sums)[3]) {
   reduce<A, 4>(loss.classes, sums, [&](int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
+    __builtin_prefetch(next + j, 0, 2);
     const Vec<A> centred = loss.z(load(x + j, lanes)) - top;
     const Vec<A> e = exp<A>(centred);
     if constexpr (Keep) store(kept + j, e, lanes);
@@ -92,7 +121,7 @@ inline void row_sums(const Loss<T, P, Plain>& loss, const T* x, const P* t, A to
 }
 
 // dx = slope.softmax softmax - g q, from e(j, lanes) = exp(z - top); `unit` is 1 / sum e. x and dx may be one memory.
-template <bool Probabilities, class T, class P, bool Plain, class E, class A = Acc<T>>
+template <bool Probabilities, bool Stream, class T, class P, bool Plain, class E, class A = Acc<T>>
 inline void row_gradient(const Loss<T, P, Plain>& loss, const T* x, const P* t, const RowTarget<A>& target,
                          const RowSlope<A>& slope, A unit, const E& e, T* dx) {
   if (slope.zero) {
@@ -117,7 +146,11 @@ inline void row_gradient(const Loss<T, P, Plain>& loss, const T* x, const P* t, 
       value -= off * loss.weights(j, lanes);
     }
     if constexpr (!Plain) value *= loss.z.slope(load(x + j, lanes));
-    store(dx + j, value, lanes);
+    if constexpr (Stream) {
+      stream(dx + j, value, lanes);
+    } else {
+      store(dx + j, value, lanes);
+    }
   });
   if constexpr (!Probabilities) {
     dx[target.a] = rounded_to<T>(at_a);
