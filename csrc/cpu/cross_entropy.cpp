@@ -18,7 +18,8 @@ struct Labels {
   const void* data = nullptr;
   ScalarType type = ScalarType::Long;
 
-  explicit Labels(const Tensor& t) : owner(torch::stable::contiguous(t)), data(owner.const_data_ptr()), type(owner.scalar_type()) {}
+  explicit Labels(const Tensor& t)
+      : owner(torch::stable::contiguous(t)), data(owner.const_data_ptr()), type(owner.scalar_type()) {}
 
   int64_t operator[](int64_t r) const {
     if (type == ScalarType::Long) return static_cast<const int64_t*>(data)[r];
@@ -34,14 +35,16 @@ void check(const char* op, const Tensor& logits, const Tensor& target, const May
   const auto accumulate = accumulate_dtype(logits.scalar_type());
   const int64_t classes = logits.size(logits.dim() - 1), rows = logits.numel() / classes;
   auto labels = [](const Tensor& t) {
-    return t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Byte;
+    return t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int ||
+           t.scalar_type() == ScalarType::Byte;
   };
   if (!labels(target)) check_floating(op, "class probabilities", target.scalar_type());
   STD_TORCH_CHECK(target.numel() == (labels(target) ? rows : logits.numel()), op, ": expected ", rows,
                   " labels, or class probabilities of the logits' shape, got ", target.numel(), " elements");
   STD_TORCH_CHECK(other.has_value() == lam.has_value(), op, ": a second label and lam go together");
   if (other) {
-    STD_TORCH_CHECK(labels(target) && labels(*other) && other->numel() == rows, op, ": expected ", rows, " second labels");
+    STD_TORCH_CHECK(labels(target) && labels(*other) && other->numel() == rows, op, ": expected ", rows,
+                    " second labels");
     STD_TORCH_CHECK((lam->dim() == 0 || lam->numel() == rows) && lam->scalar_type() == accumulate, op,
                     ": lam must be 0-dim or hold a value for each label, in the accumulation dtype");
   }
@@ -70,14 +73,13 @@ Layout lay_out(const Tensor& logits, const Tensor& out, const Tensor& t, bool in
   const int64_t lead = logits.dim() - 1;
   auto describe = [&](const Tensor& x, const Tensor& o, const Tensor& p) {
     const auto dense = row_major(logits, 1);
-    Layout l{x, o, p, {}, logits.size(lead), x.stride(lead), o.stride(lead), p.stride(lead), false, o.get() != out.get()};
+    Layout l{
+        x, o, p, {}, logits.size(lead), x.stride(lead), o.stride(lead), p.stride(lead), false, o.get() != out.get()};
     l.rows = collapse_rows<4>(lead, x.sizes().data(),
                               {o.strides().data(), x.strides().data(), dense.data(), p.strides().data()});
     return l;
   };
-  auto unit = [&](const Layout& l) {
-    return l.classes == 1 || (l.x_step == 1 && l.out_step == 1 && l.t_step == 1);
-  };
+  auto unit = [&](const Layout& l) { return l.classes == 1 || (l.x_step == 1 && l.out_step == 1 && l.t_step == 1); };
   Layout l = describe(logits, out, t);
   if (unit(l)) return l;
   l.strided = true;
@@ -379,24 +381,27 @@ Tensor probabilities_of(const Tensor& target, const Tensor& logits) {
 
 template <class A>
 LossOptions<A> options(int64_t ignore_index, double on, double off, double z_loss, double softcap, double scale) {
-  return {ignore_index, static_cast<A>(on), static_cast<A>(off), static_cast<A>(z_loss), static_cast<A>(softcap),
-          static_cast<A>(scale)};
+  return {ignore_index,           static_cast<A>(on),      static_cast<A>(off),
+          static_cast<A>(z_loss), static_cast<A>(softcap), static_cast<A>(scale)};
 }
 
 }  // namespace
 
 // ---- operators ------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
-    const Tensor& logits, const Tensor& target, const MaybeTensor& other, const MaybeTensor& lam,
-    const MaybeTensor& weight, int64_t ignore_index, double on, double off, double z_loss, double softcap, double scale,
-    int64_t reduction, bool need_dlogits, bool need_rank) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& target,
+                                                                     const MaybeTensor& other, const MaybeTensor& lam,
+                                                                     const MaybeTensor& weight, int64_t ignore_index,
+                                                                     double on, double off, double z_loss,
+                                                                     double softcap, double scale, int64_t reduction,
+                                                                     bool need_dlogits, bool need_rank) {
   const char* op = "cross_entropy_fwd";
   check(op, logits, target, other, lam, weight);
   const int64_t C = logits.size(logits.dim() - 1), R = logits.numel() / C;
   const auto accumulate = accumulate_dtype(logits.scalar_type());
   const auto dlogits = need_dlogits ? fusedtricks::empty_like(logits) : empty({0}, logits.scalar_type(), logits);
-  const auto rank = need_rank ? empty({other ? 2 : 1, R}, ScalarType::Int, logits) : empty({0}, ScalarType::Int, logits);
+  const auto rank =
+      need_rank ? empty({other ? 2 : 1, R}, ScalarType::Int, logits) : empty({0}, ScalarType::Int, logits);
   const auto losses = empty(Sizes(logits.sizes().data(), logits.dim() - 1), accumulate, logits);
   const auto stats = empty({3, R}, accumulate, logits), total = empty(Sizes(), accumulate, logits);
   const auto loss = reduction == 0 ? losses : empty(Sizes(), accumulate, logits);
@@ -418,7 +423,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
     }
     if (reduction != 0) {
       const double sum = sum_rows(R, [&](int64_t r) { return static_cast<double>(rows[r]); });
-      *static_cast<A*>(loss.mutable_data_ptr()) = static_cast<A>(reduction == 1 ? sum / static_cast<double>(mass) : sum);
+      *static_cast<A*>(loss.mutable_data_ptr()) =
+          static_cast<A>(reduction == 1 ? sum / static_cast<double>(mass) : sum);
     }
   });
   if (need_dlogits && layout.copies) torch::stable::copy_(const_cast<Tensor&>(dlogits), layout.out);
@@ -449,11 +455,11 @@ void backward(const char* op, const Tensor& dloss, const MaybeTensor& dlse, cons
     using A = Acc<T>;
     const Targets<A> targets(target, other, lam, weight, C, options<A>(ignore_index, on, off, z_loss, softcap, scale));
     const A mass = *static_cast<const A*>(total.const_data_ptr());
-    run<T>(layout, targets,
-           {false, nullptr, const_cast<A*>(static_cast<const A*>(stats.const_data_ptr())), nullptr,
-            static_cast<T*>(layout.out.mutable_data_ptr()), static_cast<const A*>(grad.const_data_ptr()), reduction != 0,
-            reduction == 1 ? A(1) / mass : A(1),
-            lse_grad ? static_cast<const A*>(lse_grad->const_data_ptr()) : nullptr});
+    run<T>(
+        layout, targets,
+        {false, nullptr, const_cast<A*>(static_cast<const A*>(stats.const_data_ptr())), nullptr,
+         static_cast<T*>(layout.out.mutable_data_ptr()), static_cast<const A*>(grad.const_data_ptr()), reduction != 0,
+         reduction == 1 ? A(1) / mass : A(1), lse_grad ? static_cast<const A*>(lse_grad->const_data_ptr()) : nullptr});
   });
   if (layout.copies) torch::stable::copy_(out, layout.out);
 }

@@ -56,8 +56,8 @@ struct Loss {
   Vec<A> q(Vec<A> t, Vec<A> w) const { return (o.on * t + o.off) * w; }
 };
 
-// A store that leaves the caches alone and spares the read of a line before it is overwritten: for results that no cache
-// could hold. `p` is aligned to the register.
+// A store that leaves the caches alone and spares the read of a line before it is overwritten: for results that no
+// cache could hold. `p` is aligned to the register.
 template <class T>
 inline void stream(T* p, Vec<Acc<T>> v, Full) {
 #if defined(__AVX512F__)

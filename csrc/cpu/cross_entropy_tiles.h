@@ -41,9 +41,8 @@ template <bool Strided, class T, class A = Acc<std::remove_const_t<T>>>
 inline void read_tile(const TileMemory<const T>& from, int64_t classes, int count, A* to) {
   if constexpr (Strided) {
     for (int64_t c = 0; c < classes; ++c, to += kPositions<A>) {
-      each_register<A>(count, [&](int p, auto lanes) {
-        store(to + p, load(from.base + c * from.step + p, lanes), Full{});
-      });
+      each_register<A>(count,
+                       [&](int p, auto lanes) { store(to + p, load(from.base + c * from.step + p, lanes), Full{}); });
     }
   } else if constexpr (std::is_same_v<T, A>) {
     for (int p = 0; p < count; ++p) {
@@ -68,9 +67,8 @@ template <bool Strided, class T, class A = Acc<T>>
 inline void write_tile(const A* from, int64_t classes, int count, const TileMemory<T>& to) {
   if constexpr (Strided) {
     for (int64_t c = 0; c < classes; ++c, from += kPositions<A>) {
-      each_register<A>(count, [&](int p, auto lanes) {
-        store(to.base + c * to.step + p, load(from + p, Full{}), lanes);
-      });
+      each_register<A>(count,
+                       [&](int p, auto lanes) { store(to.base + c * to.step + p, load(from + p, Full{}), lanes); });
     }
   } else if constexpr (std::is_same_v<T, A>) {
     for (int p = 0; p < count; ++p) {

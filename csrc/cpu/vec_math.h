@@ -78,7 +78,7 @@ inline __attribute__((always_inline)) Vec<A> exp(Vec<A> x) {
   constexpr A kHigh = kSingle ? A(0x1.62e4p-1) : A(0x1.62e42fefa2p-1);
   constexpr A kLow = kSingle ? A(0x1.7f7d1cf79abcap-20) : A(0x1.9ef35793c7673p-41);
   constexpr A kRound = kSingle ? A(0x1.8p23) : A(0x1.8p52);  // adding it rounds to an integer
-  x = larger<A>(broadcast(kLowest), x);  // NaN stays
+  x = larger<A>(broadcast(kLowest), x);                      // NaN stays
   const Vec<A> shifted = x * kLog2e + kRound, n = shifted - kRound;
   const auto integer = (Vec<IntOf<A>>)shifted - (Vec<IntOf<A>>)broadcast(kRound);
   const Vec<A> r = (x - n * kHigh) - n * kLow;
@@ -139,7 +139,7 @@ inline Vec<A> tanh(Vec<A> x) {
     for (int i = 0; i < kLanes<A>; ++i) y[i] = std::tanh(y[i]);
     return y;
   } else {
-    constexpr A c[] = {-0.333333331721f, 0.133333035569f, -0.0539592595772f,
+    constexpr A c[] = {-0.333333331721f, 0.133333035569f,    -0.0539592595772f,
                        0.021768918651f,  -0.00834394551584f, 0.00229274481618f};
     const Vec<A> square = x * x, magnitude = x < A(0) ? -x : x;
     const Vec<A> near = x + x * square * horner(square, c);

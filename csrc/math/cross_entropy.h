@@ -23,8 +23,8 @@ struct RowTarget {
   bool dead;  // nothing of it counts
 };
 
-// Written to `t` field by field: a copy of it as a whole would wait for these stores. A label that is no class makes the
-// row NaN; the CPU has refused it before.
+// Written to `t` field by field: a copy of it as a whole would wait for these stores. A label that is no class makes
+// the row NaN; the CPU has refused it before.
 template <class A>
 FT_HD void set_row_target(RowTarget<A>& t, int64_t a, int64_t b, A lam, const A* weight, A weight_sum, int64_t classes,
                           const LossOptions<A>& o) {
@@ -46,8 +46,8 @@ FT_HD void set_row_target(RowTarget<A>& t, int64_t a, int64_t b, A lam, const A*
   t.dead = share_a == A(0) && share_b == A(0);
 }
 
-// top = max z, logsum = log sum exp(z - top); za, zb: z - top at the labels; rest: sum over classes of w_c (z_c - top), or
-// of q_c (z_c - top) for probabilities, whose off is 1.
+// top = max z, logsum = log sum exp(z - top); za, zb: z - top at the labels; rest: sum over classes of w_c (z_c - top),
+// or of q_c (z_c - top) for probabilities, whose off is 1.
 template <class A>
 FT_HD A row_loss(const RowTarget<A>& t, A top, A logsum, A za, A zb, A rest) {
   if (t.dead) return A(0);

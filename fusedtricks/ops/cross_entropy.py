@@ -210,7 +210,14 @@ def _(dloss: Tensor, dlse: Tensor | None, logits: Tensor, *rest: Any) -> None:
 
 
 def target_gradient(
-    dloss: Tensor, logits: Tensor, t: Target, weight: Tensor | None, stats: Tensor, total: Tensor, loss: Tensor, o: Options
+    dloss: Tensor,
+    logits: Tensor,
+    t: Target,
+    weight: Tensor | None,
+    stats: Tensor,
+    total: Tensor,
+    loss: Tensor,
+    o: Options,
 ) -> Tensor:
     """d loss / d probabilities (*, C), or d loss / d lam, () or (*)."""
     top, normalizer, _ = stats.reshape(3, *logits.shape[:-1])
@@ -411,9 +418,7 @@ def cross_entropy(
     if weight is not None:
         weight = weight.to(accumulate_dtype(input.dtype))
     on, off = _loss.smoothing(smoothing_mode, label_smoothing, classes)
-    o = Options(
-        ignore_index, on, off, z_loss, softcap or 0.0, 1.0 / temperature, _loss.REDUCTIONS[reduction]
-    )
+    o = Options(ignore_index, on, off, z_loss, softcap or 0.0, 1.0 / temperature, _loss.REDUCTIONS[reduction])
     loss, lse, correct = _run(_loss.class_last(input), t, weight, o, return_lse, tuple(topk), inplace_backward)
     loss = loss.to(_loss.output_dtype(input, out_dtype))
     if not return_lse and not topk:
@@ -434,10 +439,10 @@ def _run(
     )
     if graded:
         inplace = inplace and not compiling and logits.requires_grad
-        early = not (compiling or inplace or need_lse) and logits.requires_grad and o.reduction != 0 and _one_pass(logits)
-        loss, lse, rank = _CrossEntropy.apply(
-            logits, *t, weight, o, early, inplace, need_lse, bool(topk)
+        early = (
+            not (compiling or inplace or need_lse) and logits.requires_grad and o.reduction != 0 and _one_pass(logits)
         )
+        loss, lse, rank = _CrossEntropy.apply(logits, *t, weight, o, early, inplace, need_lse, bool(topk))
     else:
         loss, stats, _, _, rank = cross_entropy_fwd(logits, *t, weight, *o, False, bool(topk))
         lse = log_sum_exp(stats).reshape(logits.shape[:-1]) if need_lse else None
