@@ -86,8 +86,8 @@ def plan_forward(x: Tensor, args: dict[str, Any], losses: Tensor, mass: Tensor, 
     splits = 1
     while tiles * splits < SPLIT_BELOW * common.processors(x.device) and C > 2 * splits * block and splits < MOST_SPLITS:
         splits *= 2
-    length = triton.cdiv(triton.cdiv(C, splits), block) * block
-    splits = triton.cdiv(C, length)
+    length = triton.cdiv(triton.cdiv(C, splits), block)
+    splits = triton.cdiv(C, length * block)
     partial = torch.empty((4, R, splits), dtype=torch.float32, device=x.device) if splits > 1 else None
     args = args | {"x": x, "losses": losses, "mass": mass, "stats": stats, "partial": partial, "length": length}
     args |= {"SMOOTH": o.off != 0, "ROWS": rows, "BLOCK": block, "SPLITS": splits, "ONCE": C <= block}
@@ -181,3 +181,30 @@ def cross_entropy_bwd_(dloss: Tensor, dlse: Tensor | None, logits: Tensor, targe
     if not supported("cross_entropy_bwd_", logits, *floats):
         return reference("cross_entropy_bwd_", dloss, dlse, logits, target, *rest)
     into(logits, dloss, dlse, logits, target, *rest)
+
+
+# ---- for bench/aot.py -----------------------------------------------------------------------------------------------
+
+_CLASSES = {10: "many rows per program, without vectors", 1000: "several rows", 1001: "without vectors", 32000: "loop"}
+_WIDE = {128256: "split rows"}
+
+
+def specialisations() -> Iterator[tuple[str, Launch]]:
+    """(note, launch) for one shape of each regime, planned on meta tensors as on an H100."""
+    mixed = _loss.Options(-100, 0.9, 1e-4, 0.0, 0.0, 1.0, 1)
+    for rows, classes in ((8192, _CLASSES), (16, _WIDE)):
+        for C, note in classes.items():
+            for dtype in (torch.float32, torch.bfloat16):
+                for pair in (False, True) if C == 1000 else (True,):
+                    x = torch.empty((rows, C), dtype=dtype, device="meta")
+                    labels = torch.empty(rows, dtype=torch.int64, device="meta")
+                    losses = torch.empty(rows, device="meta")
+                    stats, total = torch.empty((3, rows), device="meta"), torch.empty((), device="meta")
+                    other, lam = (labels, losses) if pair else (None, None)
+                    args = lay_out(x, x, x) | common_args(labels, other, lam, None, C, mixed) | {"weight_sum": None}
+                    label = f"{C} {str(dtype)[6:]} {'pair' if pair else 'hard'}, {note}"
+                    first, *rest = plan_forward(x, args, losses, losses, stats, mixed)
+                    yield f"forward {label}, stores statistics", first
+                    for launch in rest[:1] if dtype == torch.float32 else ():
+                        yield f"join {label}, without vectors", launch
+                    yield f"backward {label}", plan_backward(total, None, x, x, args, stats, total, mixed)

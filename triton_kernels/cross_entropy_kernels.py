@@ -126,7 +126,7 @@ def fwd(
     CAP: tl.constexpr, SMOOTH: tl.constexpr, SOFT: tl.constexpr, ONE_LAM: tl.constexpr, LEVELS: tl.constexpr,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """`length` classes of a row for each of SPLITS programs. ONCE: a row is one block."""
+    """`length` blocks of a row for each of SPLITS programs. ONCE: a row is one block."""
     C = columns * ALIGN
     tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -134,19 +134,18 @@ def fwd(
     index = at(row, inner, index_outer, index_inner, LEVELS)
     x_at = at(row, inner, x_outer, x_inner, LEVELS) * ALIGN
     t_at = at(row, inner, t_outer, t_inner, LEVELS) * ALIGN
-    first, end = split * length, tl.minimum(split * length + length, C)
     ref = tl.zeros([ROWS], tl.float32)
     if SMOOTH or SOFT:
         # Any number near the logits: their sum is taken around it, lest a shift of the logits cost digits.
-        z = scaled(tl.load(x + x_at, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP)
-        ref = tl.where(tl.abs(z) < float("inf"), z, 0.0)
+        first_z = scaled(tl.load(x + x_at, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP)
+        ref = tl.where(tl.abs(first_z) < float("inf"), first_z, 0.0)
     top = tl.full([ROWS, BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     rest = tl.zeros([ROWS, BLOCK], tl.float32)
     q = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(first, end, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        mask = live[:, None] & (cols < end)[None, :]
+    for block in range(split * length, tl.minimum(split * length + length, tl.cdiv(C, BLOCK))):
+        cols = block * BLOCK + tl.arange(0, BLOCK)
+        mask = live[:, None] & (cols < C)[None, :]
         raw = tl.load(x + (x_at[:, None] + cols.to(tl.int64)[None, :] * x_step), mask=mask, other=0.0).to(tl.float32)
         z = scaled(raw, softcap, scale, CAP)
         below = tl.where(mask, z, float("-inf"))
@@ -162,7 +161,7 @@ def fwd(
         if SMOOTH or SOFT:
             w = tl.full([BLOCK], 1.0, tl.float32)
             if weight is not None:
-                w = tl.load(weight + cols, mask=cols < end, other=0.0)
+                w = tl.load(weight + cols, mask=cols < C, other=0.0)
             centred = z - ref[:, None]
             if SOFT:
                 p = tl.load(target + (t_at[:, None] + cols.to(tl.int64)[None, :] * t_step), mask=mask, other=0.0)
@@ -204,8 +203,8 @@ def join(
     x_at = at(row, inner, x_outer, x_inner, LEVELS) * ALIGN
     ref = tl.zeros([ROWS], tl.float32)
     if SMOOTH or SOFT:
-        z = scaled(tl.load(x + x_at, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP)
-        ref = tl.where(tl.abs(z) < float("inf"), z, 0.0)
+        first_z = scaled(tl.load(x + x_at, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP)
+        ref = tl.where(tl.abs(first_z) < float("inf"), first_z, 0.0)
     parts = tl.arange(0, PARTS)
     mask = live[:, None] & (parts < SPLITS)[None, :]
     part = partial + row.to(tl.int64)[:, None] * SPLITS + parts[None, :]
