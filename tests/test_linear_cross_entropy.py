@@ -60,7 +60,9 @@ def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedtricks.ops import linear_cross_entropy as module
 
     seen, fwd = [], module.cross_entropy_fwd
-    monkeypatch.setattr(module, "cross_entropy_fwd", lambda logits, *rest: seen.append(logits.shape) or fwd(logits, *rest))
+    monkeypatch.setattr(
+        module, "cross_entropy_fwd", lambda logits, *rest: seen.append(logits.shape) or fwd(logits, *rest)
+    )
     x, w = torch.randn(300, 8, requires_grad=True), torch.randn(70_000, 8)
     linear_cross_entropy(x, w, torch.randint(70_000, (300,))).backward()
     assert max(rows * classes * 4 for rows, classes in seen) <= module.CHUNK_BYTES

@@ -56,7 +56,9 @@ def shape_of_tile(C: int, strided: bool) -> tuple[int, int, int]:
     return max(1, TILE // block), block, 8
 
 
-def common_args(t: Tensor, other: Tensor | None, lam: Tensor | None, weight: Tensor | None, C: int, o: _loss.Options) -> dict[str, Any]:
+def common_args(
+    t: Tensor, other: Tensor | None, lam: Tensor | None, weight: Tensor | None, C: int, o: _loss.Options
+) -> dict[str, Any]:
     soft = t.is_floating_point()
     return {
         "target": t if soft else t.contiguous(),
@@ -79,18 +81,22 @@ def pick(launch_args: dict[str, Any], kernel: Any) -> dict[str, Any]:
     return {name: launch_args[name] for name in kernel.arg_names}
 
 
-def plan_forward(x: Tensor, args: dict[str, Any], losses: Tensor, mass: Tensor, stats: Tensor, o: _loss.Options) -> list[Launch]:
+def plan_forward(
+    x: Tensor, args: dict[str, Any], losses: Tensor, mass: Tensor, stats: Tensor, o: _loss.Options
+) -> list[Launch]:
     R, C = args["R"], args["columns"] * args["ALIGN"]
     rows, block, warps = shape_of_tile(C, args["x_step"] != 1)
     tiles = triton.cdiv(R, rows)
     splits = 1
-    while tiles * splits < SPLIT_BELOW * common.processors(x.device) and C > 2 * splits * block and splits < MOST_SPLITS:
+    while (
+        tiles * splits < SPLIT_BELOW * common.processors(x.device) and 2 * splits * block < C and splits < MOST_SPLITS
+    ):
         splits *= 2
     length = triton.cdiv(triton.cdiv(C, splits), block)
     splits = triton.cdiv(C, length * block)
     partial = torch.empty((4, R, splits), dtype=torch.float32, device=x.device) if splits > 1 else None
     args = args | {"x": x, "losses": losses, "mass": mass, "stats": stats, "partial": partial, "length": length}
-    args |= {"SMOOTH": o.off != 0, "ROWS": rows, "BLOCK": block, "SPLITS": splits, "ONCE": C <= block}
+    args |= {"SMOOTH": o.off != 0, "ROWS": rows, "BLOCK": block, "SPLITS": splits, "ONCE": block >= C}
     launches = [Launch(fwd, tiles * splits, pick(args, fwd), warps)]
     if splits > 1:
         parts = triton.next_power_of_2(splits)
@@ -100,7 +106,14 @@ def plan_forward(x: Tensor, args: dict[str, Any], losses: Tensor, mass: Tensor, 
 
 
 def plan_backward(
-    dloss: Tensor, dlse: Tensor | None, x: Tensor, y: Tensor, args: dict[str, Any], stats: Tensor, total: Tensor, o: _loss.Options
+    dloss: Tensor,
+    dlse: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    args: dict[str, Any],
+    stats: Tensor,
+    total: Tensor,
+    o: _loss.Options,
 ) -> Launch:
     R, C = args["R"], args["columns"] * args["ALIGN"]
     rows, block, warps = shape_of_tile(C, args["x_step"] != 1)

@@ -89,9 +89,7 @@ def finish(
         loss += tl.where(z_loss != 0, z_loss * lse * lse, 0.0)
         row_mass = tl.full(index.shape, 1.0, tl.float32)
     else:
-        a, b, mass_a, mass_b, share, alive = targets(
-            target, other, lam, weight, index, live, ignore, C, ONE_LAM
-        )
+        a, b, mass_a, mass_b, share, alive = targets(target, other, lam, weight, index, live, ignore, C, ONE_LAM)
         row_mass = mass_a + mass_b
         q = on * row_mass + off * share * weights
         za = scaled(tl.load(x + x_at + a * x_step, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP) - top
@@ -237,7 +235,9 @@ def bwd(
     cols = block * BLOCK + tl.arange(0, BLOCK)
     mask = live[:, None] & (cols < C)[None, :]
     wide = cols.to(tl.int64)[None, :]
-    raw = tl.load(x + ((at(row, inner, x_outer, x_inner, LEVELS) * ALIGN)[:, None] + wide * x_step), mask=mask, other=0.0)
+    raw = tl.load(
+        x + ((at(row, inner, x_outer, x_inner, LEVELS) * ALIGN)[:, None] + wide * x_step), mask=mask, other=0.0
+    )
     raw = raw.to(tl.float32)
     top = tl.load(stats + index, mask=live, other=0.0)
     plane = tl.cast(R, tl.int64)
@@ -251,7 +251,9 @@ def bwd(
         w = tl.load(weight + cols, mask=cols < C, other=0.0)
     share, alive = tl.full([ROWS], 1.0, tl.float32), live
     if SOFT:
-        p = tl.load(target + ((at(row, inner, t_outer, t_inner, LEVELS) * ALIGN)[:, None] + wide * t_step), mask=mask, other=0.0)
+        p = tl.load(
+            target + ((at(row, inner, t_outer, t_inner, LEVELS) * ALIGN)[:, None] + wide * t_step), mask=mask, other=0.0
+        )
         gq = g[:, None] * (on * p.to(tl.float32) + off) * w[None, :]
     else:
         a, b, mass_a, mass_b, share, alive = targets(target, other, lam, weight, index, live, ignore, C, ONE_LAM)

@@ -129,7 +129,11 @@ def linear_cross_entropy(
     _loss.check_positive("linear_cross_entropy", softcap=softcap, temperature=temperature)
     flat = x.reshape(-1, x.shape[-1])
     if isinstance(target, MixedTarget):
-        lam = target.lam.reshape(-1, *(1,) * (target.a.dim() - 1)).expand(target.a.shape) if target.lam.dim() else target.lam
+        lam = (
+            target.lam.reshape(-1, *(1,) * (target.a.dim() - 1)).expand(target.a.shape)
+            if target.lam.dim()
+            else target.lam
+        )
         flat_target = MixedTarget(target.a.reshape(-1), target.b.reshape(-1), lam.reshape(-1) if lam.dim() else lam)
         t = _loss.mixed("linear_cross_entropy", flat[:, :1].expand(-1, classes), flat_target)
         if t.lam.requires_grad:
