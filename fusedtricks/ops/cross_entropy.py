@@ -35,9 +35,9 @@ from fusedtricks.ops._target import MixedTarget
 # (fp64 for fp64), as are all results but dlogits. reduction: 0 none, 1 mean, 2 sum.
 _INPUTS = "Tensor target, Tensor? other, Tensor? lam, Tensor? weight"
 _OPTIONS = "int ignore_index, float on, float off, float z_loss, float softcap, float scale, int reduction"
-# loss: () or (*). stats (3, R): max(z), sum exp(z - max), Q. total (): what "mean" divides by. dlogits: d loss / d logits
-# if need_dlogits, with the strides of empty_like(logits), for a scalar reduction. rank (1 or 2, R) int32 if need_rank: how
-# many classes come before the label, ties in order of the classes; C where ignored. What is not wanted is empty.
+# loss: () or (*). stats (3, R): max(z), sum exp(z - max), Q. total (): what "mean" divides by. dlogits: the gradient of
+# a scalar loss if need_dlogits, with the strides of empty_like(logits). rank (1 or 2, R) int32 if need_rank: how many
+# classes come before the label, ties in order of the classes; C where ignored. What is not wanted is empty.
 cross_entropy_fwd = Op(
     f"cross_entropy_fwd(Tensor logits, {_INPUTS}, {_OPTIONS}, bool need_dlogits, bool need_rank) "
     "-> (Tensor loss, Tensor stats, Tensor total, Tensor dlogits, Tensor rank)",
@@ -245,7 +245,7 @@ def target_gradient(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """(loss, lse or None, rank or None). `early`: the gradient is made in the forward, in the same pass over the logits."""
+    """(loss, lse or None, rank or None). `early`: the gradient is made in the forward, in one pass over the logits."""
 
     @staticmethod
     def forward(

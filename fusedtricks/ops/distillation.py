@@ -84,7 +84,7 @@ def distillation_loss(
         kl = _kl_dense(student_logits, teacher_logits, temperature)
     else:
         indices, values = teacher_logits
-        rows = student_logits.shape[:1]
+        rows, pair = student_logits.shape[:1], indices.shape == values.shape and indices.dim() == 2
         if (
             student_logits.dim() != 2
             or indices.dim() != 2
