@@ -84,7 +84,7 @@ def distillation_loss(
         kl = _kl_dense(student_logits, teacher_logits, temperature)
     else:
         indices, values = teacher_logits
-        rows, pair = student_logits.shape[:1], indices.shape == values.shape and indices.dim() == 2
+        rows = student_logits.shape[:1]
         if (
             student_logits.dim() != 2
             or indices.dim() != 2
@@ -92,7 +92,7 @@ def distillation_loss(
             or indices.shape[:1] != rows
         ):
             raise RuntimeError(
-                "distillation_loss: a sparse teacher needs student logits (N, C), indices (N, k) and values (N, k), got "
+                "distillation_loss: a sparse teacher needs a student (N, C), indices (N, k) and values (N, k), got "
                 f"{list(student_logits.shape)}, {list(indices.shape)} and {list(values.shape)}"
             )
         kl = _kl_sparse(student_logits, indices.long(), values, temperature)
