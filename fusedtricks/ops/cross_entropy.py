@@ -8,8 +8,8 @@ Every target is a vector q of coefficients, one per class, and with z = scale * 
 A pair of labels (a, b, lam), whose special case (y, y, 1) is the hard target, has
 q_c = sum over the halves h that are not ignored of  m_h w_c (on [c = y_h] + off),  m = (lam, 1 - lam); class
 probabilities t have q_c = w_c (on t_c + off). (on, off) is label smoothing, see `_loss.smoothing`. `share` is the sum
-of the m_h that are kept, and 1 for probabilities. "mean" divides by the sum over rows of m_h w[y_h], for probabilities by
-the number of rows.
+of the m_h that are kept, and 1 for probabilities. "mean" divides by the sum over rows of m_h w[y_h], for probabilities
+by the number of rows.
 
 Everything is computed from z - max(z), so the error does not grow with a shift of the logits. Terms with q_c = 0 are
 left out by selection, so a logit of -inf costs nothing unless the target asks for it, and rows whose halves are all
