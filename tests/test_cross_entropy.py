@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.testing._internal.common_modules import module_db
 
 import fusedtricks
-from fusedtricks import MixedTarget
+from fusedtricks import MixedTarget, _op
 from fusedtricks.functional import cross_entropy
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the Triton kernels have tests of their own")
@@ -433,3 +433,29 @@ def test_module_extras_and_state() -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     module = fusedtricks.nn.CrossEntropyLoss(return_lse=True, topk=(1,), z_loss=0.1)
     assert len(module(torch.randn(4, 5), torch.randint(5, (4,)))) == 3
+
+
+@pytest.mark.parametrize("size", [(301, 1000), (9000, 7), (4, 5, 67, 33)], ids=str)
+def test_the_same_for_any_number_of_threads(size: tuple[int, ...]) -> None:
+    x = torch.randn(size, requires_grad=True)
+    a, b = (torch.randint(size[1], (size[0], *size[2:])) for _ in range(2))
+    made = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        loss = cross_entropy(x, MixedTarget(a, b, torch.tensor(0.3)), label_smoothing=0.1)
+        made.append((loss.detach(), gradient(loss, x)))
+    for other in made[1:]:
+        for ours, theirs in zip(made[0], other, strict=True):
+            assert_bitwise_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"topk": (1,)}, {"return_lse": True, "z_loss": 0.1}], ids=str)
+def test_compiled_whole(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_op, "_forced", None)  # forcing a back end is not for compiled code
+    x, t = torch.randn(6, 40, requires_grad=True), pair(6, 40)
+    torch._dynamo.reset()
+    fn = lambda x, t: cross_entropy(x, t, label_smoothing=0.1, **options)  # noqa: E731
+    ours, eager = (f(x, t) for f in (torch.compile(fn, fullgraph=True, backend="aot_eager"), fn))
+    torch.testing.assert_close(ours, eager)
+    first = lambda y: y[0] if isinstance(y, tuple) else y  # noqa: E731
+    torch.testing.assert_close(gradient(first(ours), x), gradient(first(eager), x))

@@ -41,8 +41,6 @@ struct Loss {
   Scaling<A, Plain> z;
   int64_t classes;
   const A* weight;  // (C,) or null
-  A weight_sum;
-  const P* probabilities;  // or null
 
   Vec<A> weights(int64_t j, auto lanes) const {
     if constexpr (Plain) return broadcast(A(1));
