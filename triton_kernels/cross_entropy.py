@@ -97,7 +97,7 @@ def plan_forward(
     partial = torch.empty((4, R, splits), dtype=torch.float32, device=x.device) if splits > 1 else None
     args = args | {"x": x, "losses": losses, "mass": mass, "stats": stats, "partial": partial, "length": length}
     args |= {"SMOOTH": o.off != 0, "ROWS": rows, "BLOCK": block, "SPLITS": splits, "ONCE": block >= C}
-    launches = [Launch(fwd, tiles * splits, pick(args, fwd), warps)]
+    launches = [Launch(fwd, tiles * splits, pick(args, fwd), warps, registers=65536 // (32 * 2 * warps))]
     if splits > 1:
         parts = triton.next_power_of_2(splits)
         args |= {"ROWS": max(1, 256 // parts), "PARTS": parts}
