@@ -68,13 +68,15 @@ def specialisations(stem: str) -> Iterator[tuple[str, Launch]]:
 def complaints(note: str, code: Compiled, target: str) -> list[str]:
     """What is wrong with compiled code: spills, too much shared memory, narrow accesses in aligned shapes.
 
-    A note with the words "without vectors" is of a shape that rules them out.
+    A note with the words "without vectors" is of a shape that rules them out; one with "stores statistics" is of a
+    kernel whose results are a few numbers a row.
     """
     found = [f"{code.spills} bytes of spills"] if code.spills else []
     found += [f"{code.shared} bytes of shared memory"] if code.shared > SHARED[target] else []
     if "without vectors" not in note:
         found += [f"widest load {max(code.loads, default=0)} bytes"] if max(code.loads, default=0) < 16 else []
-        found += [f"widest store {max(code.stores, default=0)} bytes"] if max(code.stores, default=0) < 16 else []
+        narrow = max(code.stores, default=0) < 16 and "stores statistics" not in note
+        found += [f"widest store {max(code.stores, default=0)} bytes"] if narrow else []
     return found
 
 

@@ -10,5 +10,9 @@ from fusedtricks.ops.batch_norm import batch_norm as batch_norm
 from fusedtricks.ops.batch_norm import batch_norm_act as batch_norm_act
 from fusedtricks.ops.layer_norm import layer_norm as layer_norm
 from fusedtricks.ops.mixup import mixup as mixup
+from fusedtricks.ops.cross_entropy import cross_entropy as cross_entropy
+from fusedtricks.ops.distillation import distillation_loss as distillation_loss
+from fusedtricks.ops.layer_norm import layer_norm as layer_norm
+from fusedtricks.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from fusedtricks.ops.rms_norm import rms_norm as rms_norm
 from fusedtricks.ops.shake_shake import shake_shake as shake_shake

@@ -12,6 +12,8 @@ from fusedtricks.ops.batch_norm import BatchNorm3d as BatchNorm3d
 from fusedtricks.ops.batch_norm import BatchNormAct1d as BatchNormAct1d
 from fusedtricks.ops.batch_norm import BatchNormAct2d as BatchNormAct2d
 from fusedtricks.ops.batch_norm import BatchNormAct3d as BatchNormAct3d
+from fusedtricks.ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from fusedtricks.ops.distillation import DistillationLoss as DistillationLoss
 from fusedtricks.ops.layer_norm import LayerNorm as LayerNorm
 from fusedtricks.ops.mixup import Mixup as Mixup
 from fusedtricks.ops.rms_norm import RMSNorm as RMSNorm

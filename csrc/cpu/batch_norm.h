@@ -15,6 +15,7 @@
 #include "parameter.h"
 #include "torch_api.h"
 #include "vec.h"
+#include "vec_bits.h"
 #include "vec_math.h"
 
 namespace fusedtricks::FT_ISA {

@@ -144,7 +144,7 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
     typename Rows<3>::Walk at(rows, begin);
     for (int64_t left = end - begin; left > 0;) {
       const int count = left >= together ? together : 1;
-      ForwardRow<T> block[kMostRows];
+      ForwardRow<T> block[kMostRows] = {};
       for (int i = 0; i < count; ++i) {
         auto& row = block[i];
         row = {x + at.offset[1], y + at.offset[0], {}};

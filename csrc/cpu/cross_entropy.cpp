@@ -1,0 +1,491 @@
+// cross_entropy_fwd, cross_entropy_bwd and cross_entropy_bwd_ on the CPU: arguments, and the loops over rows and tiles.
+#include <atomic>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cross_entropy_tiles.h"
+
+namespace fusedtricks::FT_ISA {
+
+namespace {
+
+// ---- arguments ------------------------------------------------------------------------------------------------------
+
+struct Labels {
+  Tensor owner;
+  const void* data = nullptr;
+  ScalarType type = ScalarType::Long;
+
+  explicit Labels(const Tensor& t)
+      : owner(torch::stable::contiguous(t)), data(owner.const_data_ptr()), type(owner.scalar_type()) {}
+
+  int64_t operator[](int64_t r) const {
+    if (type == ScalarType::Long) return static_cast<const int64_t*>(data)[r];
+    if (type == ScalarType::Int) return static_cast<const int32_t*>(data)[r];
+    return static_cast<const uint8_t*>(data)[r];
+  }
+};
+
+void check(const char* op, const Tensor& logits, const Tensor& target, const MaybeTensor& other, const MaybeTensor& lam,
+           const MaybeTensor& weight) {
+  check_floating(op, "logits", logits.scalar_type());
+  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, op, ": expected logits (*, C) with C >= 1");
+  const auto accumulate = accumulate_dtype(logits.scalar_type());
+  const int64_t classes = logits.size(logits.dim() - 1), rows = logits.numel() / classes;
+  auto labels = [](const Tensor& t) {
+    return t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int ||
+           t.scalar_type() == ScalarType::Byte;
+  };
+  if (!labels(target)) check_floating(op, "class probabilities", target.scalar_type());
+  STD_TORCH_CHECK(target.numel() == (labels(target) ? rows : logits.numel()), op, ": expected ", rows,
+                  " labels, or class probabilities of the logits' shape, got ", target.numel(), " elements");
+  STD_TORCH_CHECK(other.has_value() == lam.has_value(), op, ": a second label and lam go together");
+  if (other) {
+    STD_TORCH_CHECK(labels(target) && labels(*other) && other->numel() == rows, op, ": expected ", rows,
+                    " second labels");
+    STD_TORCH_CHECK((lam->dim() == 0 || lam->numel() == rows) && lam->scalar_type() == accumulate, op,
+                    ": lam must be 0-dim or hold a value for each label, in the accumulation dtype");
+  }
+  if (weight) {
+    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes && weight->scalar_type() == accumulate, op,
+                    ": weight must be (C,) in the accumulation dtype");
+  }
+}
+
+// The leading dimensions of out, logits, a dense tensor and the probabilities, and how the classes lie in them.
+struct Layout {
+  Tensor x, out, t;
+  Rows<4> rows;
+  int64_t classes, x_step, out_step, t_step;
+  bool strided;  // positions are adjacent, classes are not
+  bool copies;   // `out` stands in for a tensor of another layout
+};
+
+bool adjacent(const Layout& l) {
+  return l.rows.levels > 0 && l.rows.stride[0][l.rows.levels - 1] == 1 && l.rows.stride[1][l.rows.levels - 1] == 1 &&
+         l.rows.stride[3][l.rows.levels - 1] == 1;
+}
+
+// `out` and `t` are the logits once more where there is no result of their size, or no probabilities.
+Layout lay_out(const Tensor& logits, const Tensor& out, const Tensor& t, bool in_place = false) {
+  const int64_t lead = logits.dim() - 1;
+  auto describe = [&](const Tensor& x, const Tensor& o, const Tensor& p) {
+    const auto dense = row_major(logits, 1);
+    Layout l{
+        x, o, p, {}, logits.size(lead), x.stride(lead), o.stride(lead), p.stride(lead), false, o.get() != out.get()};
+    l.rows = collapse_rows<4>(lead, x.sizes().data(),
+                              {o.strides().data(), x.strides().data(), dense.data(), p.strides().data()});
+    return l;
+  };
+  auto unit = [&](const Layout& l) { return l.classes == 1 || (l.x_step == 1 && l.out_step == 1 && l.t_step == 1); };
+  Layout l = describe(logits, out, t);
+  if (unit(l)) return l;
+  l.strided = true;
+  if (adjacent(l) && l.classes <= kMostTileClasses) return l;
+  const Tensor x = torch::stable::contiguous(logits);
+  const bool no_result = out.get() == logits.get() && !in_place;
+  return describe(x, no_result ? x : fusedtricks::empty_like(x),
+                  t.get() == logits.get() ? x : torch::stable::contiguous(t));
+}
+
+// Sums of f(r), a double each, over all rows: chunks have their own, added in order, whatever the number of threads.
+template <class F>
+double sum_rows(int64_t rows, const F& f) {
+  constexpr int64_t kChunk = 8192;
+  const int64_t chunks = (rows + kChunk - 1) / kChunk;
+  std::vector<double> partial(static_cast<size_t>(chunks));
+  parallel(chunks, kChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      double sum = 0;
+      for (int64_t r = c * kChunk; r < std::min(rows, (c + 1) * kChunk); ++r) sum += f(r);
+      partial[static_cast<size_t>(c)] = sum;
+    }
+  });
+  double total = 0;
+  for (double p : partial) total += p;
+  return total;
+}
+
+// Everything about the targets of a call.
+template <class A>
+struct Targets {
+  std::optional<Labels> a, b;
+  const A* lam = nullptr;
+  bool one_lam = true;
+  const A* weight = nullptr;
+  A weight_sum;
+  Tensor lam_owner, weight_owner;
+  int64_t classes;
+  LossOptions<A> o;
+
+  Targets(const Tensor& target, const MaybeTensor& other, const MaybeTensor& lambda, const MaybeTensor& w, int64_t C,
+          const LossOptions<A>& options)
+      : weight_sum(static_cast<A>(C)), classes(C), o(options) {
+    const auto type = target.scalar_type();
+    if (type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Byte) a.emplace(target);
+    if (other) {
+      b.emplace(*other);
+      lam_owner = torch::stable::contiguous(*lambda);
+      lam = static_cast<const A*>(lam_owner.const_data_ptr());
+      one_lam = lambda->dim() == 0;
+    }
+    if (w) {
+      weight_owner = torch::stable::contiguous(*w);
+      weight = static_cast<const A*>(weight_owner.const_data_ptr());
+      double sum = 0;
+      for (int64_t c = 0; c < C; ++c) sum += weight[c];
+      weight_sum = static_cast<A>(sum);
+    }
+  }
+
+  void set(RowTarget<A>& t, int64_t r) const {
+    if (a) {
+      const int64_t first = (*a)[r];
+      set_row_target(t, first, b ? (*b)[r] : first, lam ? lam[one_lam ? 0 : r] : A(1), weight, weight_sum, classes, o);
+    } else {
+      t.a = t.b = 0;
+      t.at_a = t.at_b = 0;
+      t.off = t.mass = 1;
+      t.z = o.z_loss;
+      t.dead = false;
+    }
+  }
+
+  bool wrong(int64_t label) const {
+    return label != o.ignore_index && static_cast<uint64_t>(label) >= static_cast<uint64_t>(classes);
+  }
+
+  // What "mean" divides by. Refuses labels that are no class.
+  A total(int64_t rows) const {
+    std::atomic<bool> any = false;
+    const double sum = sum_rows(rows, [&](int64_t r) {
+      RowTarget<A> t;
+      set(t, r);
+      if (a && (wrong((*a)[r]) || (b && wrong((*b)[r])))) any = true;
+      return static_cast<double>(t.mass);
+    });
+    for (int64_t r = 0; any && r < rows; ++r) {
+      for (int64_t label : {(*a)[r], b ? (*b)[r] : (*a)[r]}) {
+        if (!wrong(label)) continue;
+        throw std::out_of_range("Target " + std::to_string(label) + " is out of bounds: row " + std::to_string(r) +
+                                ", expected 0 to " + std::to_string(classes - 1) + " or ignore_index " +
+                                std::to_string(o.ignore_index));
+      }
+    }
+    return static_cast<A>(sum);
+  }
+};
+
+// ---- loops ----------------------------------------------------------------------------------------------------------
+
+// What a pass is to make; null where it is not wanted.
+template <class T, class A = Acc<T>>
+struct Pass {
+  bool forward;
+  A* losses;      // (R,)
+  A* stats;       // (3, R), read by a backward
+  int32_t* rank;  // (1 or 2, R)
+  T* dx;
+  const A* dloss;  // one, or one a row
+  bool one_dloss;
+  A scale;        // of dloss
+  const A* dlse;  // (R,)
+};
+
+constexpr int64_t kFewClasses = 24;
+// Results beyond this are streamed past the caches.
+constexpr int64_t kCacheBytes = 32 << 20;
+
+template <class T, class P, bool Plain, bool Probabilities, class A = Acc<T>>
+void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& targets, const Pass<T>& pass) {
+  const T* x0 = static_cast<const T*>(l.x.const_data_ptr());
+  const P* t0 = Probabilities ? static_cast<const P*>(l.t.const_data_ptr()) : nullptr;
+  const int64_t R = l.rows.count, C = l.classes;
+  const bool far = R * C * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
+  parallel(R, C, [&](int64_t begin, int64_t end) {
+    // Exponentials of a row; in the result itself where that has their type and stays in the caches.
+    const bool in_result = std::is_same_v<T, A> && !far;
+    std::unique_ptr<A[]> scratch(pass.forward && pass.dx && !in_result ? new A[static_cast<size_t>(C)] : nullptr);
+    typename Rows<4>::Walk at(l.rows, begin);
+    for (int64_t left = end - begin; left > 0; --left) {
+      const T* x = x0 + at.offset[1];
+      const P* t = Probabilities ? t0 + at.offset[3] : nullptr;
+      T* dx = pass.dx ? pass.dx + at.offset[0] : nullptr;
+      const int64_t r = at.offset[2];
+      if (left > 1) at.next();
+      const T* next = x0 + at.offset[1];
+      RowTarget<A> target;
+      targets.set(target, r);
+      A top, sum;
+      A* kept = nullptr;
+      if (pass.forward) {
+        top = row_top(loss, x);
+        A sums[3];
+        if (dx) {
+          kept = in_result ? reinterpret_cast<A*>(dx) : scratch.get();
+          row_sums<true, Probabilities>(loss, x, t, top, kept, next, sums);
+        } else {
+          row_sums<false, Probabilities>(loss, x, t, top, kept, next, sums);
+        }
+        sum = sums[0];
+        const A logsum = log<A>(broadcast(sum))[0];
+        if (Probabilities) target.q = sums[2];
+        const A za = target.at_a != A(0) ? loss.z(load(x + target.a, Tail{1})[0]) - top : A(0);
+        const A zb = target.at_b != A(0) ? loss.z(load(x + target.b, Tail{1})[0]) - top : A(0);
+        pass.losses[r] = row_loss(target, top, logsum, za, zb, sums[1]);
+        pass.stats[r] = top, pass.stats[R + r] = sum, pass.stats[2 * R + r] = target.q;
+        if (pass.rank) {
+          for (int64_t h = 0; h < (targets.b ? 2 : 1); ++h) {
+            const int64_t label = h ? (*targets.b)[r] : (*targets.a)[r];
+            pass.rank[h * R + r] = label == loss.o.ignore_index ? static_cast<int32_t>(C) : row_rank(x, C, label);
+          }
+        }
+      } else {
+        top = pass.stats[r], sum = pass.stats[R + r];
+        target.q = pass.stats[2 * R + r];
+      }
+      if (dx) {
+        const A g = (pass.one_dloss ? *pass.dloss : pass.dloss[r]) * pass.scale;
+        const A lse = target.z != A(0) ? top + log<A>(broadcast(sum))[0] : A(0), unit = A(1) / sum;
+        const auto slope = row_slope(target, g, pass.dlse != nullptr, pass.dlse ? pass.dlse[r] : A(0), lse);
+        auto differentiate = [&]<bool Stream>(const auto& e) {
+          row_gradient<Probabilities, Stream>(loss, x, t, target, slope, unit, e, dx);
+        };
+        auto streamed = [&](const auto& e) {
+          const bool aligned = reinterpret_cast<uintptr_t>(dx) % (kLanes<A> * sizeof(T)) == 0;
+          far && aligned && dx != x ? differentiate.template operator()<true>(e)
+                                    : differentiate.template operator()<false>(e);
+        };
+        if (kept) {
+          streamed([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
+        } else {
+          streamed([&](int64_t j, auto lanes) { return exp<A>(loss.z(load(x + j, lanes)) - top); });
+        }
+      }
+    }
+    streamed();
+  });
+}
+
+template <bool Strided, class T, class P, bool Plain, bool Probabilities, class A = Acc<T>>
+void run_tiles(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& targets, const Pass<T>& pass) {
+  constexpr int kP = kPositions<A>;
+  const T* x0 = static_cast<const T*>(l.x.const_data_ptr());
+  const P* t0 = Probabilities ? static_cast<const P*>(l.t.const_data_ptr()) : nullptr;
+  const int64_t R = l.rows.count, C = l.classes;
+  // Tiles of neighbours stay inside the innermost level.
+  const int64_t inner = Strided ? l.rows.size[l.rows.levels - 1] : R, tiles_inner = (inner + kP - 1) / kP;
+  parallel(R / inner * tiles_inner, C * kP, [&](int64_t begin, int64_t end) {
+    const size_t area = static_cast<size_t>(C) * kP;
+    std::vector<A> memory(area * (1 + (Plain ? 0 : 1) + (Probabilities ? 1 : 0)), A(0));
+    A* z = memory.data();
+    Tile<T, P, Plain> tile{loss, z, Plain ? nullptr : z + area, Probabilities ? z + area * (Plain ? 1 : 2) : nullptr};
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / tiles_inner * inner + i % tiles_inner * kP;
+      const int count = static_cast<int>(std::min<int64_t>(kP, inner - i % tiles_inner * kP));
+      typename Rows<4>::Walk at(l.rows, first);
+      TileMemory<const T> x{x0 + (Strided ? at.offset[1] : 0), l.x_step, {}};
+      TileMemory<const P> t{t0 + (Strided ? at.offset[3] : 0), l.t_step, {}};
+      TileMemory<T> dx{pass.dx + (Strided ? at.offset[0] : 0), l.out_step, {}};
+      int64_t row[kP];
+      for (int p = 0; p < count; ++p) {
+        dx.offset[p] = at.offset[0], x.offset[p] = at.offset[1], row[p] = at.offset[2], t.offset[p] = at.offset[3];
+        if (p + 1 < count) at.next();
+      }
+      RowTarget<A> target[kP];
+      for (int p = 0; p < count; ++p) targets.set(target[p], row[p]);
+      read_tile<Strided>(x, C, count, z);
+      if constexpr (Probabilities) read_tile<Strided>(t, C, count, tile.t);
+      if (pass.rank) {
+        for (int p = 0; p < count; ++p) {
+          for (int64_t h = 0; h < (targets.b ? 2 : 1); ++h) {
+            const int64_t label = h ? (*targets.b)[row[p]] : (*targets.a)[row[p]];
+            int32_t rank = static_cast<int32_t>(C);
+            if (label != loss.o.ignore_index && z[label * kP + p] == z[label * kP + p]) {
+              rank = 0;
+              for (int64_t c = 0; c < C; ++c) {
+                rank += z[c * kP + p] > z[label * kP + p] || (z[c * kP + p] == z[label * kP + p] && c < label);
+              }
+            }
+            pass.rank[h * R + row[p]] = rank;
+          }
+        }
+      }
+      tile.scale();
+      if (pass.forward) {
+        tile.find_top();
+        for (int p = 0; p < count; ++p) {
+          tile.za.at[p] = z[target[p].a * kP + p] - tile.top.at[p];
+          tile.zb.at[p] = z[target[p].b * kP + p] - tile.top.at[p];
+        }
+        tile.template add_up<Probabilities>();
+        for (int p = 0; p < count; ++p) {
+          if (Probabilities) target[p].q = tile.q.at[p];
+          const A top = tile.top.at[p], logsum = tile.logsum.at[p];
+          pass.losses[row[p]] = row_loss(target[p], top, logsum, tile.za.at[p], tile.zb.at[p], tile.rest.at[p]);
+          pass.stats[row[p]] = top, pass.stats[R + row[p]] = tile.sum.at[p];
+          pass.stats[2 * R + row[p]] = target[p].q;
+        }
+      } else {
+        for (int p = 0; p < count; ++p) {
+          tile.top.at[p] = pass.stats[row[p]], tile.sum.at[p] = pass.stats[R + row[p]];
+          target[p].q = pass.stats[2 * R + row[p]];
+        }
+        tile.exponentiate();
+      }
+      if (pass.dx) {
+        RowSlope<A> slope[kP];
+        for (int p = 0; p < count; ++p) {
+          const A g = (pass.one_dloss ? *pass.dloss : pass.dloss[row[p]]) * pass.scale;
+          slope[p] = row_slope(target[p], g, pass.dlse != nullptr, pass.dlse ? pass.dlse[row[p]] : A(0),
+                               tile.top.at[p] + tile.logsum.at[p]);
+        }
+        tile.template differentiate<Probabilities>(target, slope, count);
+        write_tile<Strided>(z, C, count, dx);
+      }
+    }
+  });
+}
+
+template <class T, class P, bool Plain, bool Probabilities>
+void run_layout(const Layout& l, const Targets<Acc<T>>& targets, const Pass<T>& pass) {
+  const auto& o = targets.o;
+  const Loss<T, P, Plain> loss{o, {o.softcap, o.scale}, l.classes, targets.weight};
+  if (l.strided) return run_tiles<true, T, P, Plain, Probabilities>(l, loss, targets, pass);
+  if (l.classes <= kFewClasses) return run_tiles<false, T, P, Plain, Probabilities>(l, loss, targets, pass);
+  run_rows<T, P, Plain, Probabilities>(l, loss, targets, pass);
+}
+
+template <class T>
+void run(const Layout& l, const Targets<Acc<T>>& targets, const Pass<T>& pass) {
+  using A = Acc<T>;
+  const bool plain = !targets.weight && targets.o.softcap == A(0) && targets.o.scale == A(1);
+  auto go = [&]<class P, bool Probabilities>() {
+    plain ? run_layout<T, P, true, Probabilities>(l, targets, pass)
+          : run_layout<T, P, false, Probabilities>(l, targets, pass);
+  };
+  if (targets.a) return go.template operator()<T, false>();
+  if (l.t.scalar_type() == l.x.scalar_type()) return go.template operator()<T, true>();
+  go.template operator()<A, true>();
+}
+
+// Class probabilities in a dtype that the kernels take beside the logits'; labels give the logits once more.
+Tensor probabilities_of(const Tensor& target, const Tensor& logits) {
+  const auto type = target.scalar_type();
+  if (type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Byte) return logits;
+  const auto accumulate = accumulate_dtype(logits.scalar_type());
+  return type == logits.scalar_type() || type == accumulate ? target : torch::stable::to(target, accumulate);
+}
+
+template <class A>
+LossOptions<A> options(int64_t ignore_index, double on, double off, double z_loss, double softcap, double scale) {
+  return {ignore_index,           static_cast<A>(on),      static_cast<A>(off),
+          static_cast<A>(z_loss), static_cast<A>(softcap), static_cast<A>(scale)};
+}
+
+}  // namespace
+
+// ---- operators ------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& target,
+                                                                     const MaybeTensor& other, const MaybeTensor& lam,
+                                                                     const MaybeTensor& weight, int64_t ignore_index,
+                                                                     double on, double off, double z_loss,
+                                                                     double softcap, double scale, int64_t reduction,
+                                                                     bool need_dlogits, bool need_rank) {
+  const char* op = "cross_entropy_fwd";
+  check(op, logits, target, other, lam, weight);
+  const int64_t C = logits.size(logits.dim() - 1), R = logits.numel() / C;
+  const auto accumulate = accumulate_dtype(logits.scalar_type());
+  const auto dlogits = need_dlogits ? fusedtricks::empty_like(logits) : empty({0}, logits.scalar_type(), logits);
+  const auto rank =
+      need_rank ? empty({other ? 2 : 1, R}, ScalarType::Int, logits) : empty({0}, ScalarType::Int, logits);
+  const auto losses = empty(Sizes(logits.sizes().data(), logits.dim() - 1), accumulate, logits);
+  const auto stats = empty({3, R}, accumulate, logits), total = empty(Sizes(), accumulate, logits);
+  const auto loss = reduction == 0 ? losses : empty(Sizes(), accumulate, logits);
+  const auto t = probabilities_of(target, logits);
+  const auto layout = lay_out(logits, need_dlogits ? dlogits : logits, t);
+  dispatch(op, logits.scalar_type(), [&]<class T>() {
+    using A = Acc<T>;
+    const Targets<A> targets(target, other, lam, weight, C, options<A>(ignore_index, on, off, z_loss, softcap, scale));
+    const A mass = targets.total(R);
+    *static_cast<A*>(total.mutable_data_ptr()) = mass;
+    A* rows = static_cast<A*>(losses.mutable_data_ptr());
+    const A one = 1;
+    if (R > 0) {
+      run<T>(layout, targets,
+             {true, rows, static_cast<A*>(stats.mutable_data_ptr()),
+              need_rank ? static_cast<int32_t*>(rank.mutable_data_ptr()) : nullptr,
+              need_dlogits ? static_cast<T*>(layout.out.mutable_data_ptr()) : nullptr, &one, true,
+              reduction == 1 ? A(1) / mass : A(1), nullptr});
+    }
+    if (reduction != 0) {
+      const double sum = sum_rows(R, [&](int64_t r) { return static_cast<double>(rows[r]); });
+      *static_cast<A*>(loss.mutable_data_ptr()) =
+          static_cast<A>(reduction == 1 ? sum / static_cast<double>(mass) : sum);
+    }
+  });
+  if (need_dlogits && layout.copies) torch::stable::copy_(const_cast<Tensor&>(dlogits), layout.out);
+  return {loss, stats, total, dlogits, rank};
+}
+
+namespace {
+
+void backward(const char* op, const Tensor& dloss, const MaybeTensor& dlse, const Tensor& logits, const Tensor& target,
+              const MaybeTensor& other, const MaybeTensor& lam, const MaybeTensor& weight, const Tensor& stats,
+              const Tensor& total, int64_t ignore_index, double on, double off, double z_loss, double softcap,
+              double scale, int64_t reduction, Tensor out) {
+  check(op, logits, target, other, lam, weight);
+  const int64_t C = logits.size(logits.dim() - 1), R = logits.numel() / C;
+  const auto accumulate = accumulate_dtype(logits.scalar_type());
+  STD_TORCH_CHECK(dloss.scalar_type() == accumulate && dloss.numel() == (reduction == 0 ? R : 1), op,
+                  ": the gradient must have the shape and dtype of the loss");
+  STD_TORCH_CHECK(!dlse || (dlse->scalar_type() == accumulate && dlse->numel() == R), op,
+                  ": the gradient of lse must have its shape and dtype");
+  STD_TORCH_CHECK(stats.numel() == 3 * R && stats.is_contiguous() && stats.scalar_type() == accumulate &&
+                      total.scalar_type() == accumulate && total.numel() == 1,
+                  op, ": the statistics must be those that the forward returned");
+  if (R == 0) return;
+  const auto layout = lay_out(logits, out, probabilities_of(target, logits), true);
+  const Tensor grad = torch::stable::contiguous(dloss);
+  const MaybeTensor lse_grad = dlse ? MaybeTensor(torch::stable::contiguous(*dlse)) : std::nullopt;
+  dispatch(op, logits.scalar_type(), [&]<class T>() {
+    using A = Acc<T>;
+    const Targets<A> targets(target, other, lam, weight, C, options<A>(ignore_index, on, off, z_loss, softcap, scale));
+    const A mass = *static_cast<const A*>(total.const_data_ptr());
+    run<T>(
+        layout, targets,
+        {false, nullptr, const_cast<A*>(static_cast<const A*>(stats.const_data_ptr())), nullptr,
+         static_cast<T*>(layout.out.mutable_data_ptr()), static_cast<const A*>(grad.const_data_ptr()), reduction != 0,
+         reduction == 1 ? A(1) / mass : A(1), lse_grad ? static_cast<const A*>(lse_grad->const_data_ptr()) : nullptr});
+  });
+  if (layout.copies) torch::stable::copy_(out, layout.out);
+}
+
+}  // namespace
+
+Tensor cross_entropy_bwd(const Tensor& dloss, const MaybeTensor& dlse, const Tensor& logits, const Tensor& target,
+                         const MaybeTensor& other, const MaybeTensor& lam, const MaybeTensor& weight,
+                         const Tensor& stats, const Tensor& total, int64_t ignore_index, double on, double off,
+                         double z_loss, double softcap, double scale, int64_t reduction) {
+  auto out = fusedtricks::empty_like(logits);
+  backward("cross_entropy_bwd", dloss, dlse, logits, target, other, lam, weight, stats, total, ignore_index, on, off,
+           z_loss, softcap, scale, reduction, out);
+  return out;
+}
+
+void cross_entropy_bwd_(const Tensor& dloss, const MaybeTensor& dlse, Tensor logits, const Tensor& target,
+                        const MaybeTensor& other, const MaybeTensor& lam, const MaybeTensor& weight,
+                        const Tensor& stats, const Tensor& total, int64_t ignore_index, double on, double off,
+                        double z_loss, double softcap, double scale, int64_t reduction) {
+  backward("cross_entropy_bwd_", dloss, dlse, logits, target, other, lam, weight, stats, total, ignore_index, on, off,
+           z_loss, softcap, scale, reduction, logits);
+}
+
+FT_CPU_KERNEL(cross_entropy_fwd);
+FT_CPU_KERNEL(cross_entropy_bwd);
+FT_CPU_KERNEL(cross_entropy_bwd_);
+
+}  // namespace fusedtricks::FT_ISA
