@@ -3,7 +3,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <utility>
 
 #include "cross_entropy_tiles.h"
 
@@ -95,16 +95,16 @@ template <class F>
 double sum_rows(int64_t rows, const F& f) {
   constexpr int64_t kChunk = 8192;
   const int64_t chunks = (rows + kChunk - 1) / kChunk;
-  std::vector<double> partial(static_cast<size_t>(chunks));
+  const std::unique_ptr<double[]> partial(new double[static_cast<size_t>(chunks)]);
   parallel(chunks, kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       double sum = 0;
       for (int64_t r = c * kChunk; r < std::min(rows, (c + 1) * kChunk); ++r) sum += f(r);
-      partial[static_cast<size_t>(c)] = sum;
+      partial[c] = sum;
     }
   });
   double total = 0;
-  for (double p : partial) total += p;
+  for (int64_t c = 0; c < chunks; ++c) total += partial[c];
   return total;
 }
 
@@ -279,8 +279,8 @@ void run_tiles(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>&
   const int64_t inner = Strided ? l.rows.size[l.rows.levels - 1] : R, tiles_inner = (inner + kP - 1) / kP;
   parallel(R / inner * tiles_inner, C * kP, [&](int64_t begin, int64_t end) {
     const size_t area = static_cast<size_t>(C) * kP;
-    std::vector<A> memory(area * (1 + (Plain ? 0 : 1) + (Probabilities ? 1 : 0)), A(0));
-    A* z = memory.data();
+    const std::unique_ptr<A[]> memory(new A[area * (1 + (Plain ? 0 : 1) + (Probabilities ? 1 : 0))]());
+    A* z = memory.get();
     Tile<T, P, Plain> tile{loss, z, Plain ? nullptr : z + area, Probabilities ? z + area * (Plain ? 1 : 2) : nullptr};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / tiles_inner * inner + i % tiles_inner * kP;
@@ -484,8 +484,37 @@ void cross_entropy_bwd_(const Tensor& dloss, const MaybeTensor& dlse, Tensor log
            z_loss, softcap, scale, reduction, logits);
 }
 
-FT_CPU_KERNEL(cross_entropy_fwd);
-FT_CPU_KERNEL(cross_entropy_bwd);
-FT_CPU_KERNEL(cross_entropy_bwd_);
+// As TORCH_BOX, whose tuple of so many arguments is a function that the instruction sets would share.
+template <auto F>
+struct Boxed;
+template <class R, class... Args, R (*F)(Args...)>
+struct Boxed<F> {
+  template <size_t... I>
+  static R apply(StableIValue* stack, std::index_sequence<I...>) {
+    return F(torch::stable::detail::to<std::remove_cvref_t<Args>>(stack[I])...);
+  }
+
+  static void call(StableIValue* stack, uint64_t, uint64_t) {
+    using torch::stable::detail::from;
+    constexpr auto all = std::index_sequence_for<Args...>{};
+    if constexpr (std::is_void_v<R>) {
+      apply(stack, all);
+    } else if constexpr (std::is_same_v<R, Tensor>) {
+      stack[0] = from(apply(stack, all));
+    } else {
+      auto results = apply(stack, all);
+      [&]<size_t... I>(std::index_sequence<I...>) {
+        ((stack[I] = from(std::get<I>(results))), ...);
+      }(std::make_index_sequence<std::tuple_size_v<R>>{});
+    }
+  }
+};
+
+#define FT_BOXED_KERNEL(op) \
+  static const bool entered_##op = enter_kernel({#op, "cpu:" FT_TEXT(FT_ISA), &Boxed<&op>::call})
+
+FT_BOXED_KERNEL(cross_entropy_fwd);
+FT_BOXED_KERNEL(cross_entropy_bwd);
+FT_BOXED_KERNEL(cross_entropy_bwd_);
 
 }  // namespace fusedtricks::FT_ISA
