@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 import fusedtricks.functional
-from bench import Function, Size
+from bench import Function, Moved, Size, _batch_norm_traffic
 
 SIZES: tuple[Size, ...] = (
     (32, 64, 56, 56),  # ResNet-50, first stage
@@ -27,6 +29,10 @@ def inputs(size: Size, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     weight, bias = (torch.randn(size[1], device=device) for _ in range(2))
     return tuple(t.requires_grad_() for t in (x, weight, bias))
+
+
+def traffic() -> Iterator[Moved]:
+    return _batch_norm_traffic.traffic()
 
 
 OPERATION = Function(

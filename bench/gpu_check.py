@@ -73,7 +73,8 @@ def parity(wanted: str = "") -> list[Stage]:
     spread = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     stages = {stem: ["tests/test_parity.py", "-k", f"[{stem}-"] for stem in ask("[*__import__('cases').CASES]")}
     for stem, files in ask("__import__('cases').TESTED").items():
-        stages[stem] = [f"tests/{name}" for name in files]
+        if [f"tests/{name}" for name in files] not in stages.values():  # once, where operations share them
+            stages[stem] = [f"tests/{name}" for name in files]
     return [Stage(f"parity:{s}", pytest(*spread, *a)) for s, a in stages.items() if wanted in ("", s)]
 
 
@@ -89,7 +90,8 @@ def sanitizer(kinds: tuple[str, ...] = SANITIZERS) -> list[Stage]:
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     stages = []
     for kind in kinds:
-        tests = pytest("tests/test_gpu.py", "-k", "small and not second and not reference")
+        files = ("tests/test_gpu.py", "tests/test_gpu_optim.py")
+        tests = pytest(*files, "-k", "small and not second and not reference and not launches")
         command = [tool, "--tool", kind, "--error-exitcode", "3", *tests]
         stages.append(Stage(f"sanitizer:{kind}", command, 9.5 / len(kinds), env, ("Device not supported",)))
     return stages

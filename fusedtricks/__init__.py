@@ -1,7 +1,5 @@
 """Hand-written fused training kernels as drop-ins for torch.nn and torch.optim."""
 
-from fusedtricks import functional, nn, recipes
-from fusedtricks import functional, nn, optim
 from fusedtricks import functional, nn, optim, recipes
 from fusedtricks._op import backend, backends
 from fusedtricks.ops._target import MixedTarget

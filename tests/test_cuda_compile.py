@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 LANES = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2}
 # Kernels that store no more than a few numbers for each row or channel.
-STATISTICS = ("measure_strips", "project_strips", "sum_squares")
+STATISTICS = ("measure_strips", "project_strips", "square_gradients", "measure_channels", "sum_channels")
 
 
 @pytest.fixture(scope="module")

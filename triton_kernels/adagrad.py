@@ -1,32 +1,39 @@
-"""The rule of Adagrad; the kernels are in multi_tensor.py. Notation: fusedtricks/ops/adagrad.py."""
+"""Adagrad in Triton. Notation: fusedtricks/ops/adagrad.py."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from collections.abc import Iterator
 
 import triton
 import triton.language as tl
 
 from . import multi_tensor
-from .multi_tensor import EPS, LR, RULE, WEIGHT_DECAY
-
-STATES = 1
+from .common import Launch
+from .multi_tensor import EPS, LR, RULE0, WEIGHT_DECAY
 
 
 @triton.jit
 def prepare(h, t, first, factor):
-    lr = (tl.load(h + LR) / (1 + (t - 1) * tl.load(h + RULE))).to(tl.float32)
-    return (lr, tl.load(h + EPS).to(tl.float32), tl.load(h + WEIGHT_DECAY).to(tl.float32)), factor
+    rate = tl.load(h + LR) / (1 + (t - 1) * tl.load(h + RULE0))
+    return (rate.to(tl.float32), tl.load(h + EPS).to(tl.float32), tl.load(h + WEIGHT_DECAY).to(tl.float32)), factor
 
 
 @triton.jit
 def update(p, g, s0, s1, s2, c):
-    lr, eps, l2 = c
+    rate, eps, l2 = c
     g = tl.where(l2 != 0, g + l2 * p, g)
     s0 = s0 + g * g
-    return tl.div_rn(lr * g, tl.sqrt_rn(s0) + eps), s0, s1, s2
+    return tl.div_rn(rate * g, tl.sqrt_rn(s0) + eps), s0, s1, s2
 
 
-def adagrad_(*args: Any) -> None:
-    multi_tensor.step("adagrad_", sys.modules[__name__], *args)
+@triton.jit
+def uses(h):
+    return 1
+
+
+RULE = multi_tensor.Rule(prepare, update, uses)
+adagrad_ = multi_tensor.launcher("adagrad_", RULE)
+
+
+def specialisations() -> Iterator[tuple[str, Launch]]:
+    return multi_tensor.specialisations(RULE)

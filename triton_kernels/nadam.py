@@ -1,31 +1,37 @@
-"""The rule of NAdam; the kernels are in multi_tensor.py. Notation: fusedtricks/ops/nadam.py."""
+"""NAdam in Triton. Notation: fusedtricks/ops/nadam.py."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from collections.abc import Iterator
 
 import triton
 import triton.language as tl
 
 from . import multi_tensor
-from .multi_tensor import EPS, LR, RULE, decays, lerp, lerp_squares, power
+from .common import Launch
+from .multi_tensor import EPS, LR, RULE0, decays, lerp, lerp_squares, power
 
-STATES = 2
+
+@triton.jit
+def momentum(beta1, s):
+    # Not a cast, which would go through float32.
+    return beta1 * (1 - 0.5 * power(tl.full([], 0.96, tl.float64), s))
 
 
 @triton.jit
 def prepare(h, t, first, factor):
-    beta1, beta2 = tl.load(h + RULE), tl.load(h + RULE + 1)
-    root, lr, psi = tl.sqrt(1 - power(beta2, t)), tl.load(h + LR), tl.load(h + RULE + 2)
-    base = tl.cast(0.96, tl.float64)
-    mu, following = beta1 * (1 - 0.5 * power(base, t * psi)), beta1 * (1 - 0.5 * power(base, (t + 1) * psi))
-    factor = factor * mu
-    of_grad = (lr * (1 - mu) / (1 - factor) * root).to(tl.float32)
-    of_average = (lr * following / (1 - factor * following) * root).to(tl.float32)
+    lr, beta1, beta2 = tl.load(h + LR), tl.load(h + RULE0), tl.load(h + RULE0 + 1)
+    momentum_decay = tl.load(h + RULE0 + 2)
+    root = tl.sqrt(1 - power(beta2, t))
+    mu, following = momentum(beta1, t * momentum_decay), momentum(beta1, (t + 1) * momentum_decay)
+    factor *= mu
+    of_grad = lr * (1 - mu) / (1 - factor) * root
+    of_average = lr * following / (1 - factor * following) * root
     l2, decay = decays(h)
-    w1, r1, w2, r2 = (1 - beta1).to(tl.float32), beta1.to(tl.float32), (1 - beta2).to(tl.float32), beta2.to(tl.float32)
-    return (w1, r1, w2, r2, of_grad, of_average, (tl.load(h + EPS) * root).to(tl.float32), l2, decay), factor
+    return (
+        (1 - beta1).to(tl.float32), beta1.to(tl.float32), (1 - beta2).to(tl.float32), beta2.to(tl.float32),
+        of_grad.to(tl.float32), of_average.to(tl.float32), (tl.load(h + EPS) * root).to(tl.float32), l2, decay,
+    ), factor  # fmt: skip
 
 
 @triton.jit
@@ -38,5 +44,14 @@ def update(p, g, s0, s1, s2, c):
     return tl.where(decay != 0, u + decay * p, u), s0, s1, s2
 
 
-def nadam_(*args: Any) -> None:
-    multi_tensor.step("nadam_", sys.modules[__name__], *args)
+@triton.jit
+def uses(h):
+    return 3
+
+
+RULE = multi_tensor.Rule(prepare, update, uses)
+nadam_ = multi_tensor.launcher("nadam_", RULE)
+
+
+def specialisations() -> Iterator[tuple[str, Launch]]:
+    return multi_tensor.specialisations(RULE)

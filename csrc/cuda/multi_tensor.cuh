@@ -1,345 +1,533 @@
-// One optimizer step over all parameters of a device: a rule of csrc/math applied to every element that the table
-// lists, in one launch for each combination of dtypes (usually one), after one that measures the norm if gradients are
-// clipped.
+// One optimizer step over all parameters on a GPU: a rule of csrc/math applied to every element that the table lists,
+// in one launch for each kind of parameter. Bytes that must move for AdamW in fp32: 28 a parameter.
+//
+// The tensors of a kind are laid end to end and cut into equal tiles, a block a tile, so one tensor of a billion
+// elements and a thousand of one element are the same work. The first warp of a block prepares what a row needs, all
+// rows of the tile at once; then the block moves elements, 16 bytes an access where every tensor of the row allows it.
+// Everything that may change between steps is read from the device, so captured graphs obey later changes.
+//
+// Clipping takes a launch before it, which leaves sums of squares that every block adds in the same order.
 #pragma once
 
 #include "math/optimizer.h"
 #include "math/philox.h"
-#include "vector.cuh"
+#include "reduce.cuh"
 
 namespace fusedtricks::cuda {
+
+inline constexpr int kTile = 8192;  // elements
+inline constexpr int kTileThreads = 256;
+inline constexpr int kNormThreads = 1024, kNormBlocks = 256;  // on any device, so that the norm has the same bits
+inline constexpr int kSlots = kWarp;                          // rows that a block prepares at once
 
 struct Math {
   static __device__ __forceinline__ float root(float v) { return sqrtf(v); }
   static __device__ __forceinline__ double root(double v) { return sqrt(v); }
 };
 
-constexpr int kThreads = 128, kBlocksPerProcessor = 8;
-// Rows are dealt out in tiles of so many elements, and `kStart` counts whole tiles: see fusedtricks/ops/_shard.py.
-constexpr int64_t kTile = 8192;
+// ---- weights of more bits than the parameter ------------------------------------------------------------------------
 
-// What a launch needs, as the operator got it.
-struct Step {
-  const int64_t* rows;  // of the segment
-  int64_t count, tiles;
-  int64_t* progress;
-  unsigned long long* arrived;  // blocks that are done; left at zero
-  const double* hyper;
-  float* outcome;
-  const float *grad_scale, *found_inf, *norm;
-  double* squares;  // sum of the squares of all gradients, then one sum for each block
-  double max_norm;  // negative: no clipping
-  bool first_segment;
+__device__ __forceinline__ uint32_t bits_of(float v) {
+  union {
+    float value;
+    uint32_t bits;
+  } u{v};
+  return u.bits;
+}
+
+__device__ __forceinline__ float from_bits(uint32_t bits) {
+  union {
+    uint32_t bits;
+    float value;
+  } u{bits};
+  return u.value;
+}
+
+inline constexpr uint32_t kNaN = 0x7fc00000u;
+
+// Master weights are rounded to bfloat16 with ties away from zero, so that the sign of the 16 bits that are left over
+// tells which way it went. The result is the bfloat16 number as fp32, to be narrowed without loss.
+__device__ __forceinline__ float shown(float v) {
+  return from_bits(((v == v ? bits_of(v) : kNaN) + 0x8000u) & 0xffff0000u);
+}
+
+__device__ __forceinline__ float with_remainder(float upper, uint16_t lower) {
+  return from_bits((bits_of(upper) - (static_cast<uint32_t>(lower >> 15) << 16)) | lower);
+}
+
+// Up with the probability of the part that is cut off; neither infinity nor NaN is touched.
+__device__ __forceinline__ float round_stochastically(float v, uint32_t random) {
+  const uint32_t bits = bits_of(v);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return v;
+  return from_bits((bits + random) & 0xffff0000u);
+}
+
+// The random bits of elements j .. j + 7, which share one block or, where j is no multiple of 8, two.
+__device__ __forceinline__ RandomBlock random_from(uint64_t seed, int64_t j, uint32_t stream) {
+  RandomBlock first(seed, static_cast<uint64_t>(j) / 8, stream);
+  const int shift = static_cast<int>(j % 8);
+  if (shift == 0) return first;
+  const RandomBlock second(seed, static_cast<uint64_t>(j) / 8 + 1, stream);
+  uint32_t w[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = first.word[i], w[4 + i] = second.word[i];
+  // In steps of fixed length, as an index that is not known at compile time would send the words to memory.
+#pragma unroll
+  for (int i = 0; i < 6; ++i) w[i] = shift & 4 ? w[i + 2] : w[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) w[i] = shift & 2 ? w[i + 1] : w[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) first.word[i] = shift & 1 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
+  return first;
+}
+
+// Of one element, where neighbours do not come together.
+__device__ __forceinline__ uint32_t random_at(uint64_t seed, int64_t j, uint32_t stream) {
+  const RandomBlock block(seed, static_cast<uint64_t>(j) / 8, stream);
+  const uint32_t low = j & 2 ? block.word[1] : block.word[0], high = j & 2 ? block.word[3] : block.word[2];
+  const uint32_t word = j & 4 ? high : low;
+  return j & 1 ? word >> 16 : word & 0xffffu;
+}
+
+// ---- the table ------------------------------------------------------------------------------------------------------
+
+// The rows of one kind.
+struct Table {
+  const int64_t* cells;
+  int64_t rows, elements;
+
+  __device__ __forceinline__ const int64_t* row(int64_t i) const { return cells + i * kColumns; }
+  __device__ __forceinline__ int64_t start(int64_t i) const { return __ldg(row(i) + kStart) - __ldg(row(0) + kStart); }
+  FT_HD int64_t tiles() const { return elements > kTile ? (elements + kTile - 1) / kTile : 1; }
+
+  // The last row that starts before this element, or the first row. All lanes of a warp look together.
+  __device__ __forceinline__ int64_t find(int64_t element) const {
+    Group warp(kWarp);
+    int64_t low = 0;
+    for (int64_t size = rows; size > 1;) {
+      const int64_t step = (size + kWarp - 1) / kWarp, offset = warp.rank * step;
+      const int before = warp.rank > 0 && offset < size && start(low + offset) < element;
+      const int64_t skip = warp.reduce(before, [](int a, int b) { return a + b; }) * step;
+      low += skip;
+      size = min(step, size - skip);
+    }
+    return low;
+  }
+};
+
+// A row's part of a tile. Every row is in some tile, those without elements too.
+struct Part {
+  int64_t row, begin;
+  int count;
+  int64_t tiles;  // that the row is in
 };
 
 template <class T>
 __device__ __forceinline__ T* pointer(const int64_t* row, int column) {
-  return reinterpret_cast<T*>(row[column]);
+  return reinterpret_cast<T*>(__ldg(row + column));
 }
 
-// The row that tile `tile` belongs to: the last that starts at or before it.
-__device__ __forceinline__ int64_t row_of(const Step& a, int64_t tile) {
-  int64_t low = 0, high = a.count;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (a.rows[middle * kColumns + kStart] <= tile * kTile ? low : high) = middle;
+// fill(part, slot) for every row in the tile, by a thread of the first warp each; then use(slot, thread) by all
+// threads, row after row. `thread` is another numbering of the threads for every row, so that short rows keep
+// different warps busy. Slot has `count`, which is set here.
+template <class Slot, class Fill, class Use>
+__device__ __forceinline__ void visit(const Table& table, int64_t tile, Slot* slots, const Fill& fill, const Use& use) {
+  const int threads = static_cast<int>(blockDim.x);
+  int busy = 0;
+  for (int64_t next = table.find(tile * kTile); next < table.rows; next += kSlots) {
+    __syncthreads();  // everybody is done with the slots
+    if (threadIdx.x < kSlots) {
+      Slot& slot = slots[threadIdx.x];
+      const int64_t i = next + threadIdx.x;
+      slot.count = -1;
+      if (i < table.rows) {
+        const int64_t start = table.start(i), n = __ldg(table.row(i) + kNumel);
+        const int64_t first = min(start / kTile, table.tiles() - 1), last = n ? (start + n - 1) / kTile : first;
+        const int64_t begin = max(tile * kTile - start, int64_t{0});
+        if (first <= tile) slot.count = tile <= last ? static_cast<int>(min((tile + 1) * kTile - start, n) - begin) : 0;
+        if (first <= tile && tile <= last) fill(Part{i, begin, slot.count, last - first + 1}, slot);
+      }
+    }
+    __syncthreads();
+    for (int k = 0; k < kSlots; ++k) {
+      if (slots[k].count < 0) return;  // that row starts behind the tile, and so do all others
+      if (slots[k].count == 0) continue;
+      const int thread = static_cast<int>(threadIdx.x) - busy;
+      const int used = use(slots[k], thread < 0 ? thread + threads : thread);
+      busy = (busy + (used + kWarp - 1) / kWarp * kWarp) % threads;
+    }
   }
-  return low;
 }
 
-__device__ __forceinline__ double read_scalar(const int64_t* row, int column) {
-  return row[kFlags] & kStepFloat64 ? *pointer<double>(row, column) : *pointer<float>(row, column);
+// Elements before the first that lies at a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ int unaligned(const T* p) {
+  return static_cast<int>(-reinterpret_cast<uintptr_t>(p) % kVectorBytes / sizeof(T));
 }
-__device__ __forceinline__ void write_scalar(const int64_t* row, int column, double value) {
-  if (row[kFlags] & kStepFloat64) {
+
+template <class T>
+__device__ __forceinline__ bool aligned_at(const T* p, int element) {
+  return reinterpret_cast<uintptr_t>(p + element) % kVectorBytes == 0 || !p;
+}
+
+// A few elements that a thread holds at once: a 16-byte vector of T ...
+template <class T>
+struct Wide {
+  static constexpr int kCount = kLanes<T>;
+  int at;
+
+  __device__ __forceinline__ int index(int i) const { return at + i; }
+  __device__ __forceinline__ bool has(int) const { return true; }
+
+  template <class V>
+  __device__ __forceinline__ void load(const V* from, V (&to)[kCount]) const {
+    cuda::load<kCount, Cache::kStream>(from + at, to);
+  }
+  template <Cache cache = Cache::kStream, class V>
+  __device__ __forceinline__ void store(const V (&from)[kCount], V* to) const {
+    cuda::store<kCount, cache>(from, to + at);
+  }
+};
+
+// ... or single ones, `stride` apart, of the `single` that are left: those before the vectors and those behind them.
+template <class T>
+struct Few {
+  static constexpr int kCount = kLanes<T> < 4 ? kLanes<T> : 4;
+  int at, stride, single, head, vectors;
+
+  __device__ __forceinline__ int index(int i) const {
+    const int k = at + i * stride;
+    return k < head ? k : k + vectors * kLanes<T>;
+  }
+  __device__ __forceinline__ bool has(int i) const { return at + i * stride < single; }
+
+  template <class V>
+  __device__ __forceinline__ void load(const V* from, V (&to)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (has(i)) cuda::load<1, Cache::kStream>(from + index(i), to + i);
+    }
+  }
+  template <Cache cache = Cache::kStream, class V>
+  __device__ __forceinline__ void store(const V (&from)[kCount], V* to) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (has(i)) cuda::store<1, cache>(from + i, to + index(i));
+    }
+  }
+};
+
+// f(batch) for `count` elements of which `head` come before the first vector, if vectors there are. Returns how many
+// threads have something to do.
+template <class T, class F>
+__device__ __forceinline__ int sweep(int count, int head, int thread, const F& f) {
+  const int threads = static_cast<int>(blockDim.x), vectors = (count - head) / kLanes<T>;
+  for (int v = thread; v < vectors; v += threads) f(Wide<T>{head + v * kLanes<T>});
+  // By other warps than those that have a vector more.
+  const int single = count - vectors * kLanes<T>, busy = (vectors + kWarp - 1) / kWarp * kWarp % threads;
+  for (int k = thread < busy ? thread - busy + threads : thread - busy; k < single; k += threads * Few<T>::kCount) {
+    f(Few<T>{k, threads, single, head, vectors});
+  }
+  return busy + single;
+}
+
+// ---- clipping -------------------------------------------------------------------------------------------------------
+
+struct Gradient {
+  const void* data;
+  int count, head;
+};
+
+// Block b leaves the sum of squares of tiles b, b + gridDim.x, ...
+template <class P, int Width>
+__global__ void __launch_bounds__(kNormThreads) square_gradients(Table table, double* sums) {
+  __shared__ Gradient slots[kSlots];
+  Sums<double, 1> total{};
+  for (int64_t tile = blockIdx.x; tile < table.tiles(); tile += gridDim.x) {
+    visit(
+        table, tile, slots,
+        [&](const Part& part, Gradient& slot) {
+          const P* const grad = pointer<const P>(table.row(part.row), kGrad) + part.begin;
+          slot.data = grad;
+          slot.head = min(unaligned(grad), part.count);
+        },
+        [&](const Gradient& slot, int thread) {
+          return sweep<P>(slot.count, slot.head, thread, [&]<class Batch>(const Batch& batch) {
+            alignas(kVectorBytes) P g[Batch::kCount] = {};
+            batch.load(static_cast<const P*>(slot.data), g);
+#pragma unroll
+            for (int i = 0; i < Batch::kCount; ++i) {
+              const double v = widen(g[i]);
+              total.at[0] += batch.has(i) ? v * v : 0;
+            }
+          });
+        });
+  }
+  total = Group(static_cast<int>(blockDim.x)).sum(total);
+  if (threadIdx.x == 0) sums[blockIdx.x] = total.at[0];
+}
+
+// ---- the step -------------------------------------------------------------------------------------------------------
+
+// One number on the device.
+struct Number {
+  const void* at;
+  bool wide;
+
+  __device__ __forceinline__ double read(double otherwise) const {
+    if (!at) return otherwise;
+    return wide ? __ldg(static_cast<const double*>(at)) : __ldg(static_cast<const float*>(at));
+  }
+};
+
+struct Arguments {
+  Table table;
+  int64_t* progress;
+  const double* hyper;
+  float* outcome;  // null in all launches of a step but one
+  Number grad_scale, found_inf, norm;
+  const double* sums;  // of squares of the gradients as they are stored
+  int parts;
+  bool clip;
+  double max_norm;
+};
+
+// What holds for all rows.
+struct Scaling {
+  double unscale, factor, norm;  // `factor` clips too
+  bool skip;
+
+  // All threads of the block together.
+  __device__ __forceinline__ explicit Scaling(const Arguments& a)
+      : unscale(1 / a.grad_scale.read(1)), norm(0), skip(a.found_inf.read(0) != 0) {
+    factor = unscale;
+    if (!a.clip) return;
+    if (a.norm.at) {
+      norm = a.norm.read(0);
+    } else {
+      Group warp(kWarp);
+      Sums<double, 1> total{};
+      for (int i = warp.rank; i < a.parts; i += kWarp) total.at[0] += __ldg(a.sums + i);
+      norm = sqrt(warp.sum(total).at[0]) * (unscale < 0 ? -unscale : unscale);
+    }
+    const double clip = a.max_norm / (norm + 1e-6);  // as torch.nn.utils.clip_grad_norm_
+    if (clip < 1 || clip != clip) factor *= clip;
+  }
+};
+
+// A 0-dim state that torch keeps in float32, or in float64 where that is the default dtype.
+__device__ __forceinline__ double read_scalar(const int64_t* row, int64_t flags, int column) {
+  if (flags & kStepFloat64) return __ldcg(pointer<double>(row, column));
+  return __ldcg(pointer<float>(row, column));
+}
+__device__ __forceinline__ void write_scalar(const int64_t* row, int64_t flags, int column, double value) {
+  if (flags & kStepFloat64) {
     *pointer<double>(row, column) = value;
   } else {
     *pointer<float>(row, column) = static_cast<float>(value);
   }
 }
 
-// Steps taken, exact where float32 is not: the count, unless somebody changed what it was written to.
-__device__ __forceinline__ double steps_before(const int64_t* row, int64_t progress) {
-  const double counted = static_cast<double>(progress);
-  if (!row[kStep]) return counted;
-  const double stored = read_scalar(row, kStep);
-  const bool same = row[kFlags] & kStepFloat64 ? counted == stored : static_cast<float>(counted) == stored;
-  return same ? counted : stored;
-}
+// While a launch runs, the upper bits of a row's progress count the blocks that have read its step; the last one to
+// read advances it. Between launches they are zero.
+using Progress = unsigned long long;
+inline constexpr int kStepBits = 40;
 
-// True in every thread of the last block to arrive; the others' stores are then visible to it.
-__device__ __forceinline__ bool arrive_last(unsigned long long* arrived) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
+struct History {
+  double counted, t;  // steps taken, and the number of this step
+  bool last;
+
+  // Steps taken are what `progress` counts, exact where float32 is not, unless somebody changed what it was written to.
+  __device__ __forceinline__ History(const int64_t* row, int64_t flags, Progress* progress, int64_t tiles,
+                                     double& factor) {
+    const bool has_step = __ldg(row + kStep) != 0;
+    const double stored = has_step ? read_scalar(row, flags, kStep) : 0;
+    factor = __ldg(row + kFactor) ? read_scalar(row, flags, kFactor) : 1;
+    __threadfence();  // the reads come before the count
+    const Progress before = atomicAdd(progress, Progress{1} << kStepBits);
+    last = before >> kStepBits == static_cast<Progress>(tiles - 1);
+    counted = static_cast<double>(before & ((Progress{1} << kStepBits) - 1));
+    const bool same = flags & kStepFloat64 ? counted == stored : static_cast<float>(counted) == stored;
+    t = (!has_step || same ? counted : stored) + 1;
+  }
+
+  __device__ __forceinline__ void advance(const int64_t* row, int64_t flags, Progress* progress, double factor) const {
+    if (!last) return;
     __threadfence();
-    last = atomicAdd(arrived, 1ull) == gridDim.x - 1;
-    __threadfence();
+    *progress = t >= 0 ? static_cast<Progress>(t) & ((Progress{1} << kStepBits) - 1) : 0;
+    if (__ldg(row + kStep)) write_scalar(row, flags, kStep, t);
+    if (__ldg(row + kFactor)) write_scalar(row, flags, kFactor, factor);
   }
-  __syncthreads();
-  return last;
-}
-
-// ---- norm -----------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ double sum_over_block(double value) {
-  __shared__ double sums[kThreads];
-  sums[threadIdx.x] = value;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  __syncthreads();
-  const double sum = sums[0];
-  __syncthreads();
-  return sum;
-}
-
-// Sum of squares of the gradients of a segment, in a fixed order.
-template <class T, int Width>
-__global__ __launch_bounds__(kThreads) void sum_squares(Step a) {
-  double sum = 0;
-  for (int64_t tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
-    const int64_t* row = a.rows + row_of(a, tile) * kColumns;
-    const int64_t begin = tile * kTile - row[kStart], end = min(begin + kTile, row[kNumel]);
-    const T* grad = pointer<const T>(row, kGrad);
-    const bool aligned = row[kGrad] % kVectorBytes == 0;
-    const int64_t whole = aligned ? begin + max(end - begin, int64_t{0}) / Width * Width : begin;
-    for (int64_t j = begin + threadIdx.x * Width; j < whole; j += kThreads * Width) {
-      T g[Width];
-      load<Width, Cache::kShared>(grad + j, g);
-#pragma unroll
-      for (int i = 0; i < Width; ++i) sum += static_cast<double>(widen(g[i])) * static_cast<double>(widen(g[i]));
-    }
-    for (int64_t j = whole + threadIdx.x; j < end; j += kThreads) {
-      const double g = widen(grad[j]);
-      sum += g * g;
-    }
-  }
-  sum = sum_over_block(sum);
-  if (threadIdx.x == 0) a.squares[1 + blockIdx.x] = sum;
-  if (!arrive_last(a.arrived)) return;
-  double total = 0;
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) total += a.squares[1 + i];
-  total = sum_over_block(total);
-  if (threadIdx.x == 0) {
-    a.squares[0] = a.first_segment ? total : a.squares[0] + total;
-    *a.arrived = 0;
-  }
-}
-
-// ---- update ---------------------------------------------------------------------------------------------------------
-
-// Master weights are rounded to bfloat16 with ties away from zero, so that the sign of the 16 bits that are left over
-// tells which way it went.
-__device__ __forceinline__ unsigned bits_of(float v) { return v == v ? __float_as_uint(v) : 0x7fc00000u; }
-__device__ __forceinline__ float with_remainder(unsigned upper, unsigned lower) {
-  return __uint_as_float(((upper - (lower >> 15)) << 16) | lower);
-}
-__device__ __forceinline__ unsigned short as_bits(bf16 v) { return __bfloat16_as_ushort(v); }
-__device__ __forceinline__ bf16 as_bf16(unsigned bits) {
-  return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
-}
-
-// Random bits of N elements from j on: those of a whole block, or of one element.
-template <int N>
-__device__ __forceinline__ void draw(uint64_t seed, int64_t j, uint32_t stream, unsigned (&drawn)[N]) {
-  static_assert(N == 8 || N == 1);
-  const RandomBlock block(seed, static_cast<uint64_t>(j / 8), stream);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {  // an index that is known when compiled keeps the block in registers
-    if (N == 8) drawn[k % N] = block.half(k);
-    if (N == 1 && k == j % 8) drawn[0] = block.half(k);
-  }
-}
-
-// What one row of the table asks for, worked out once for a tile.
-template <class Rule, class T, class S>
-struct Tile {
-  using A = Acc<T>;
-  T *param, *grad;
-  S* state[Rule::kStates];
-  float* master;
-  unsigned short* remainder;
-  A* ema;
-  bool maximize, write_grad, stochastic;
-  A factor, unscale, ema_weight, ema_rest;
-  uint64_t seed;
-  uint32_t stream;
-  typename Rule::template Scalars<A> scalars;
 };
 
-// N consecutive elements from j on, which are aligned if there are several.
-template <int N, class Rule, class T, class S>
-__device__ __forceinline__ void update_elements(const Tile<Rule, T, S>& tile, int64_t j) {
-  using A = Acc<T>;
-  T g[N], p[N];
-  S s[Rule::kStates][N];
-  float master[N];
-  unsigned lower[N] = {};
-  A ema[N];
-  load<N, Cache::kShared>(tile.grad + j, g);
-  constexpr bool wide = sizeof(T) == 2;
-  if (wide && tile.master) {
+// A row's part of a tile, ready to be updated.
+template <class Rule, class P, class S>
+struct Piece {
+  using A = Acc<P>;
+  P *param, *grad;
+  S* state[Rule::kStates];
+  float* master;
+  uint16_t* rest;  // 16 bits that a bfloat16 parameter lacks
+  A* ema;
+  int64_t begin;
+  uint64_t seed;
+  uint32_t stream;
+  int count, head;
+  A unscale, factor, ema_weight, ema_rest;
+  bool write, maximize, stochastic;
+  typename Rule::template Scalars<A> scalars;
+
+  __device__ __forceinline__ void fill(const Arguments& a, const Scaling& scaling, const Part& part) {
+    const int64_t* const row = a.table.row(part.row);
+    const double* const h = a.hyper + __ldg(row + kGroup) * kHyper;
+    const int64_t flags = __ldg(row + kFlags);
+    auto* const progress = reinterpret_cast<Progress*>(a.progress + part.row);
+    double product;
+    const History history(row, flags, progress, part.tiles, product);
+    scalars = Rule::template prepare<A>(h, history.t, flags & kFirstMomentum && history.counted == 0, product);
+    history.advance(row, flags, progress, product);
+
+    const auto at = [&]<class T>(int column, T*& to) {
+      to = pointer<T>(row, column);
+      if (to) to += part.begin;
+    };
+    const bool remainder = flags & kRemainder;
+    at(kParam, param);
+    at(kGrad, grad);
 #pragma unroll
-    for (int i = 0; i < N; ++i) p[i] = narrow<T>(A(0));
-  } else {
-    load<N, Cache::kShared>(tile.param + j, p);
-  }
-  if (wide && tile.master) load<N, Cache::kShared>(tile.master + j, master);
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (tile.remainder) {
-      bf16 raw[N];
-      load<N, Cache::kShared>(reinterpret_cast<const bf16*>(tile.remainder + j), raw);
-#pragma unroll
-      for (int i = 0; i < N; ++i) lower[i] = as_bits(raw[i]);
+    for (int k = 0; k < Rule::kStates; ++k) {
+      state[k] = nullptr;
+      if (Rule::uses(h, k)) at(kState + k, state[k]);
     }
-  }
-  if (tile.ema) load<N, Cache::kShared>(tile.ema + j, ema);
+    master = nullptr, rest = nullptr;
+    if (remainder) at(kMaster, rest);
+    if (!remainder) at(kMaster, master);
+    at(kEma, ema);
+    head = min(unaligned(param), count);
+    bool together =
+        aligned_at(grad, head) && aligned_at(master, head) && aligned_at(rest, head) && aligned_at(ema, head);
 #pragma unroll
-  for (int k = 0; k < Rule::kStates; ++k) {
-    if (tile.state[k]) load<N, Cache::kShared>(tile.state[k] + j, s[k]);
+    for (int k = 0; k < Rule::kStates; ++k) together = together && aligned_at(state[k], head);
+    if (!together) head = count;
+
+    begin = part.begin;
+    stream = static_cast<uint32_t>(__ldg(row + kStream));
+    seed = static_cast<uint64_t>(h[kSeed]) + static_cast<uint64_t>(history.t);
+    stochastic = flags & kStochastic;
+    maximize = h[kMaximize] != 0;
+    write = a.grad_scale.at;
+    unscale = static_cast<A>(scaling.unscale), factor = static_cast<A>(scaling.factor);
+    ema_weight = static_cast<A>(1 - h[kEmaDecay]), ema_rest = static_cast<A>(h[kEmaDecay]);
   }
-  [[maybe_unused]] unsigned drawn[N] = {};
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (tile.stochastic) draw(tile.seed, j, tile.stream, drawn);
-  }
+
+  // Of the elements of a batch, from where a thread has them in registers back to there.
+  template <class Batch>
+  __device__ __forceinline__ void update(const Batch& batch, const typename Rule::template Scalars<A>& c) const {
+    constexpr int kCount = Batch::kCount;
+    constexpr bool kBFloat = std::is_same_v<P, bf16>, kHalf = kBFloat || std::is_same_v<P, fp16>;
+    alignas(kVectorBytes) P p[kCount] = {}, g[kCount] = {};
+    alignas(kVectorBytes) S s[Rule::kStates][kCount] = {};
+    alignas(kVectorBytes) A weight[kCount] = {}, average[kCount] = {};
+    [[maybe_unused]] alignas(kVectorBytes) uint16_t lower[kCount] = {};
+    if (!kHalf || !master) batch.load(param, p);
+    batch.load(grad, g);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    A gradient = widen(g[i]), weight;
-    g[i] = narrow<T>(gradient * tile.unscale);
-    gradient = gradient * tile.factor;
-    if (tile.maximize) gradient = -gradient;
-    if (wide && tile.master) {
-      weight = master[i];
-    } else {
-      weight = widen(p[i]);
-      if constexpr (std::is_same_v<T, bf16>) {
-        if (tile.remainder) weight = with_remainder(as_bits(p[i]), lower[i]);
+    for (int k = 0; k < Rule::kStates; ++k) {
+      if (state[k]) batch.load(state[k], s[k]);
+    }
+    if constexpr (kHalf) {
+      if (master) batch.load(master, weight);
+    }
+    if constexpr (kBFloat) {
+      if (rest) batch.load(rest, lower);
+    }
+    if (ema) batch.load(ema, average);
+
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      A v = widen(g[i]);
+      if (write) g[i] = narrow<P>(v * unscale);
+      v = v * factor;
+      if (maximize) v = -v;
+      if (!kHalf || !master) weight[i] = widen(p[i]);
+      if constexpr (kBFloat) {
+        if (rest) weight[i] = with_remainder(weight[i], lower[i]);
+      }
+      A of[Rule::kStates];
+#pragma unroll
+      for (int k = 0; k < Rule::kStates; ++k) of[k] = widen(s[k][i]);
+      weight[i] = weight[i] - Rule::template update<Math>(weight[i], v, of, c);
+      average[i] = lerp(average[i], weight[i], ema_weight, ema_rest);
+#pragma unroll
+      for (int k = 0; k < Rule::kStates; ++k) s[k][i] = narrow<S>(of[k]);
+    }
+
+    // The parameter is what the next forward reads; the rest is of no use until the next step.
+    if constexpr (kHalf) {
+      if (master) batch.store(weight, master);
+    }
+    if (ema) batch.store(average, ema);
+#pragma unroll
+    for (int k = 0; k < Rule::kStates; ++k) {
+      if (state[k]) batch.store(s[k], state[k]);
+    }
+    if (write) batch.store(g, grad);
+    if constexpr (kBFloat) {
+      if (rest) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+          lower[i] = static_cast<uint16_t>(weight[i] == weight[i] ? bits_of(weight[i]) : kNaN);
+        batch.store(lower, rest);
+      }
+      if (rest || master) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) weight[i] = shown(weight[i]);
+      } else if (stochastic) {
+        round(batch, weight);
       }
     }
-    A moments[Rule::kStates];
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) moments[k] = tile.state[k] ? A(widen(s[k][i])) : A(0);
-    weight = weight - Rule::template update<Math>(weight, gradient, moments, tile.scalars);
-#pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) s[k][i] = narrow<S>(moments[k]);
-    if (tile.ema) ema[i] = lerp(ema[i], weight, tile.ema_weight, tile.ema_rest);
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (tile.master || tile.remainder) {
-        const unsigned bits = bits_of(weight);
-        p[i] = as_bf16((bits + 0x8000u) >> 16);
-        lower[i] = bits & 0xffffu;
-      } else if (tile.stochastic) {
-        // Up with the probability of the part that is cut off; neither infinity nor NaN is touched.
-        const unsigned bits = bits_of(weight), random = drawn[i];
-        p[i] = as_bf16((bits & 0x7f800000u) == 0x7f800000u ? bits >> 16 : (bits + random) >> 16);
-      } else {
-        p[i] = narrow<T>(weight);
-      }
-    } else {
-      p[i] = narrow<T>(weight);
-    }
-    if (wide) master[i] = static_cast<float>(weight);
+    for (int i = 0; i < kCount; ++i) p[i] = narrow<P>(weight[i]);
+    batch.template store<Cache::kKeep>(p, param);
   }
-  store<N, Cache::kStream>(p, tile.param + j);
-  if (wide && tile.master) store<N, Cache::kStream>(master, tile.master + j);
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (tile.remainder) {
-      bf16 raw[N];
+
+  __device__ __forceinline__ void round(const Wide<P>& batch, float (&weight)[kLanes<P>]) const {
+    const RandomBlock random = random_from(seed, begin + batch.at, stream);
 #pragma unroll
-      for (int i = 0; i < N; ++i) raw[i] = as_bf16(lower[i]);
-      store<N, Cache::kStream>(raw, reinterpret_cast<bf16*>(tile.remainder + j));
+    for (int i = 0; i < kLanes<P>; ++i) weight[i] = round_stochastically(weight[i], random.half(i));
+  }
+  __device__ __forceinline__ void round(const Few<P>& batch, float (&weight)[Few<P>::kCount]) const {
+#pragma unroll
+    for (int i = 0; i < Few<P>::kCount; ++i) {
+      weight[i] = round_stochastically(weight[i], random_at(seed, begin + batch.index(i), stream));
     }
   }
-  if (tile.ema) store<N, Cache::kStream>(ema, tile.ema + j);
-  if (tile.write_grad) store<N, Cache::kStream>(g, tile.grad + j);
-#pragma unroll
-  for (int k = 0; k < Rule::kStates; ++k) {
-    if (tile.state[k]) store<N, Cache::kStream>(s[k], tile.state[k] + j);
+};
+
+// Blocks that a multiprocessor must have registers for: left to itself, ptxas spills a few to fit one more.
+template <class P>
+inline constexpr int kResident = sizeof(P) == 4 ? 3 : 2;
+
+template <class Rule, class P, int Width, class S>
+__global__ void __launch_bounds__(kTileThreads, kResident<P>) update_tensors(Arguments a) {
+  __shared__ Piece<Rule, P, S> slots[kSlots];
+  const Scaling scaling(a);
+  if (a.outcome && blockIdx.x == 0 && threadIdx.x == 0) {
+    if (a.clip) a.outcome[0] = static_cast<float>(scaling.norm);
+    a.outcome[1] = scaling.skip;
   }
+  if (scaling.skip) return;
+  visit(
+      a.table, blockIdx.x, slots, [&](const Part& part, auto& piece) { piece.fill(a, scaling, part); },
+      [&](const auto& piece, int thread) {
+        const auto c = piece.scalars;
+        return sweep<P>(piece.count, piece.head, thread, [&](const auto& batch) { piece.update(batch, c); });
+      });
 }
 
-// Scalars in double, by one thread for its block.
-template <class Rule, class T, class S>
-__device__ void open_tile(const Step& a, int64_t index, double unscale, double factor, Tile<Rule, T, S>& tile) {
-  using A = Acc<T>;
-  const int64_t* row = a.rows + index * kColumns;
-  const double* h = a.hyper + row[kGroup] * kHyper;
-  const double t = steps_before(row, a.progress[index]) + 1;
-  double running = row[kFactor] ? read_scalar(row, kFactor) : 1;
-  tile.param = pointer<T>(row, kParam);
-  tile.grad = pointer<T>(row, kGrad);
-  for (int k = 0; k < Rule::kStates; ++k) {
-    tile.state[k] = Rule::uses(h, k) ? pointer<S>(row, kState + k) : nullptr;
-  }
-  const bool remainder = row[kFlags] & kRemainder;
-  tile.master = remainder ? nullptr : pointer<float>(row, kMaster);
-  tile.remainder = remainder ? pointer<unsigned short>(row, kMaster) : nullptr;
-  tile.ema = pointer<A>(row, kEma);
-  tile.maximize = h[kMaximize] != 0;
-  tile.write_grad = a.grad_scale != nullptr;
-  tile.stochastic = row[kFlags] & kStochastic;
-  tile.factor = static_cast<A>(factor);
-  tile.unscale = static_cast<A>(unscale);
-  tile.ema_weight = static_cast<A>(1 - h[kEmaDecay]);
-  tile.ema_rest = static_cast<A>(h[kEmaDecay]);
-  tile.seed = static_cast<uint64_t>(h[kSeed]) + static_cast<uint64_t>(t);
-  tile.stream = static_cast<uint32_t>(row[kStream]);
-  const bool first = (row[kFlags] & kFirstMomentum) && a.progress[index] == 0;
-  tile.scalars = Rule::template prepare<A>(h, t, first, running);
-}
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
-template <class Rule, class T, int Width, class S>
-__global__ __launch_bounds__(kThreads, 1) void update_tiles(Step a) {
-  __shared__ Tile<Rule, T, S> tile;
-  const bool skip = a.found_inf && *a.found_inf != 0;
-  const double unscale = a.grad_scale ? 1 / static_cast<double>(*a.grad_scale) : 1;
-  double factor = unscale;
-  if (a.max_norm >= 0) {
-    const double norm = a.norm ? static_cast<double>(*a.norm) : sqrt(a.squares[0]) * fabs(unscale);
-    const double clip = a.max_norm / (norm + 1e-6);  // as torch.nn.utils.clip_grad_norm_
-    if (clip < 1 || clip != clip) factor *= clip;
-    if (blockIdx.x == 0 && threadIdx.x == 0) a.outcome[0] = static_cast<float>(norm);
-  }
-  if (blockIdx.x == 0 && threadIdx.x == 0) a.outcome[1] = skip;
-  if (skip) return;
-  int64_t open = -1;
-  for (int64_t t = blockIdx.x; t < a.tiles; t += gridDim.x) {
-    const int64_t index = row_of(a, t);
-    const int64_t* row = a.rows + index * kColumns;
-    if (index != open) {
-      __syncthreads();  // nobody still reads the tile before
-      if (threadIdx.x == 0) open_tile(a, index, unscale, factor, tile);
-      __syncthreads();
-      open = index;
-    }
-    const int64_t begin = t * kTile - row[kStart], end = min(begin + kTile, row[kNumel]);
-    int64_t addresses = 0;
-    for (int c = kParam; c <= kEma; ++c) addresses |= row[c];
-    const bool aligned = addresses % kVectorBytes == 0;
-    const int64_t whole = aligned ? begin + max(end - begin, int64_t{0}) / Width * Width : begin;
-    for (int64_t j = begin + threadIdx.x * Width; j < whole; j += kThreads * Width) update_elements<Width>(tile, j);
-    for (int64_t j = whole + threadIdx.x; j < end; j += kThreads) update_elements<1>(tile, j);
-  }
-  // Only now: every block has read them.
-  if (!arrive_last(a.arrived)) return;
-  for (int64_t i = threadIdx.x; i < a.count; i += kThreads) {
-    const int64_t* row = a.rows + i * kColumns;
-    const double* h = a.hyper + row[kGroup] * kHyper;
-    const double t = steps_before(row, a.progress[i]) + 1;
-    if (row[kFactor]) {
-      double running = read_scalar(row, kFactor);
-      Rule::template prepare<float>(h, t, false, running);
-      write_scalar(row, kFactor, running);
-    }
-    a.progress[i] = static_cast<int64_t>(t);
-    if (row[kStep]) write_scalar(row, kStep, t);
-  }
-  if (threadIdx.x == 0) *a.arrived = 0;
-}
-
-// f.operator()<T, S>() with the storage types of a segment.
+// f.operator()<P, S>() with the dtypes of a kind.
 template <class F>
 void dispatch_kind(int64_t kind, const F& f) {
   switch (kind) {
@@ -360,55 +548,63 @@ void dispatch_kind(int64_t kind, const F& f) {
   }
 }
 
-inline const float* one_float(const char* op, const char* name, const MaybeTensor& t) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->numel() == 1 && t->scalar_type() == ScalarType::Float, op, ": ", name,
-                  " must be one float32 element");
-  return static_cast<const float*>(t->const_data_ptr());
+inline Number number(const MaybeTensor& t, const char* name) {
+  if (!t) return {};
+  const ScalarType dtype = t->scalar_type();
+  STD_TORCH_CHECK(t->numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double), "fusedtricks: ", name,
+                  " must be one float32 or float64 number, got ", t->numel(), " of ",
+                  torch::headeronly::toString(dtype));
+  return {t->const_data_ptr(), dtype == ScalarType::Double};
 }
 
-// See fusedtricks/ops/_table.py for the arguments. `progress` has one element more than the table has rows: blocks that
-// are done.
+// See fusedtricks/ops/_table.py for the arguments.
 template <class Rule>
-void step(const char* op, const Tensor& table, const Tensor& segments, const Tensor& progress, const Tensor& hyper,
+void step(const Tensor& table, const Tensor& segments, const Tensor& progress, const Tensor& hyper,
           const Tensor& outcome, const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& norm,
           std::optional<double> max_norm) {
-  STD_TORCH_CHECK(progress.numel() == table.size(0) + 1, op, ": progress must have one element more than table rows");
-  if (segments.size(0) == 0) return;
+  STD_TORCH_CHECK(!segments.is_cuda(), "fusedtricks: the segments must be on the CPU");
   const Device device(table);
-  const auto* const segment = static_cast<const int64_t*>(segments.const_data_ptr());
-  auto* const counts = static_cast<int64_t*>(progress.mutable_data_ptr());
-  const int64_t most = static_cast<int64_t>(device.processors()) * kBlocksPerProcessor;
-  const bool measure = max_norm && !norm;
-  const Tensor squares = empty({measure ? 1 + most : 1}, ScalarType::Double, table);
-  Step a{};
-  a.arrived = reinterpret_cast<unsigned long long*>(counts + table.size(0));
+  const int threads = device.threads_per_block();
+  const auto* const cells = static_cast<const int64_t*>(table.const_data_ptr());
+  Arguments a{};
   a.hyper = static_cast<const double*>(hyper.const_data_ptr());
-  a.outcome = static_cast<float*>(outcome.mutable_data_ptr());
-  a.grad_scale = one_float(op, "grad_scale", grad_scale);
-  a.found_inf = one_float(op, "found_inf", found_inf);
-  a.norm = one_float(op, "norm", norm);
-  a.squares = static_cast<double*>(squares.mutable_data_ptr());
-  a.max_norm = max_norm ? *max_norm : -1;
-  for (const bool update : {false, true}) {
-    if (!update && !measure) continue;
+  a.grad_scale = number(grad_scale, "grad_scale"), a.found_inf = number(found_inf, "found_inf");
+  a.norm = number(norm, "norm");
+  a.clip = max_norm.has_value(), a.max_norm = max_norm.value_or(0);
+
+  // f(kind, rows, number of the first) for every kind; a table without rows still has an outcome.
+  const auto each = [&](const auto& f) {
+    const auto* const segment = static_cast<const int64_t*>(segments.const_data_ptr());
     for (int64_t i = 0; i < segments.size(0); ++i) {
       const int64_t kind = segment[4 * i], first = segment[4 * i + 1];
-      a.rows = static_cast<const int64_t*>(table.const_data_ptr()) + first * kColumns;
-      a.count = segment[4 * i + 2];
-      a.tiles = segment[4 * i + 3] / kTile;
-      a.progress = counts + first;
-      a.first_segment = i == 0;
-      const int64_t blocks = std::max<int64_t>(std::min(a.tiles, most), 1);
-      dispatch_kind(kind, [&]<class T, class S>() {
-        if (update) {
-          device.launch(update_tiles<Rule, T, kLanes<T>, S>, blocks, kThreads, 0, a);
-        } else {
-          device.launch(sum_squares<T, kLanes<T>>, blocks, kThreads, 0, a);
-        }
-      });
+      f(kind, Table{cells + first * kColumns, segment[4 * i + 2], segment[4 * i + 3]}, first);
     }
+    if (segments.size(0) == 0) f(0, Table{cells, 0, 0}, 0);
+  };
+
+  Tensor sums;
+  if (a.clip && !norm) {
+    each([&](int64_t, const Table& rows, int64_t) { a.parts += std::min<int64_t>(rows.tiles(), kNormBlocks); });
+    sums = empty({a.parts}, ScalarType::Double, table);
+    auto* to = static_cast<double*>(sums.mutable_data_ptr());
+    a.sums = to;
+    each([&](int64_t kind, const Table& rows, int64_t) {
+      dispatch_kind(kind, [&]<class P, class S>() {
+        const int64_t blocks = std::min<int64_t>(rows.tiles(), kNormBlocks);
+        device.launch(square_gradients<P, kLanes<P>>, blocks, std::min(threads, kNormThreads), 0, rows, to);
+        to += blocks;
+      });
+    });
   }
+  a.outcome = static_cast<float*>(outcome.mutable_data_ptr());
+  each([&](int64_t kind, const Table& rows, int64_t first) {
+    a.table = rows;
+    a.progress = static_cast<int64_t*>(progress.mutable_data_ptr()) + first;
+    dispatch_kind(kind, [&]<class P, class S>() {
+      device.launch(update_tensors<Rule, P, kLanes<P>, S>, rows.tiles(), std::min(threads, kTileThreads), 0, a);
+    });
+    a.outcome = nullptr;
+  });
 }
 
 }  // namespace fusedtricks::cuda

@@ -7,7 +7,7 @@ namespace fusedtricks::cuda {
 void nadam_(const Tensor& table, const Tensor& segments, const Tensor& progress, const Tensor& hyper,
             const Tensor& outcome, const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& norm,
             std::optional<double> max_norm) {
-  step<NAdam>("nadam_", table, segments, progress, hyper, outcome, grad_scale, found_inf, norm, max_norm);
+  step<NAdam>(table, segments, progress, hyper, outcome, grad_scale, found_inf, norm, max_norm);
 }
 
 FT_KERNEL(nadam_, "cuda", nadam_);

@@ -58,11 +58,15 @@ FT_HD V lerp(V start, V end, A weight, A rest) {
   return weight < A(0.5) ? start + weight * (end - start) : end + rest * (start - end);
 }
 
+// A variable, because nvcc takes the function for one of the host.
+template <class A>
+inline constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
 // The same for squares, which may have overflowed: infinity stays infinity.
 template <class V, class A>
 FT_HD V lerp_squares(V start, V end, A weight, A rest) {
   const V next = lerp(start, end, weight, rest);
-  return start < std::numeric_limits<A>::infinity() ? next : start + end;
+  return start < kInfinity<A> ? next : start + end;
 }
 
 // The larger one; NaN if either is.

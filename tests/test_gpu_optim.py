@@ -1,0 +1,203 @@
+"""The optimizers on a real GPU: parity, graphs, syncs, launches, repeatability. `make gpu-check` picks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from optim_tables import ALIGNMENTS, BF16, FP32, FP64, RULES, Entry, Problem, assert_same, every_kind
+from parity import assert_bitwise_equal
+from torch import Tensor
+
+import fusedtricks
+from fusedtricks import optim
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+DEVICE = "cuda"
+TILE = 8192
+# The GPU contracts multiplications and additions, and its pow differs from the CPU's in its last bits.
+ULPS = 8
+CLASSES = {"adamw": "AdamW", "nadam": "NAdam", "sgd": "SGD", "rmsprop": "RMSprop", "adagrad": "Adagrad"}
+MANY = [*every_kind(45), *ALIGNMENTS, Entry(0), Entry(3 * TILE + 5, offset=1), Entry(TILE, BF16, stochastic=True)]
+
+each_stem = pytest.mark.parametrize("stem", RULES)
+each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
+
+
+def kernel(stem: str, backend: str) -> Callable[..., None]:
+    op = RULES[stem].op
+    if backend not in op.available():
+        pytest.skip(f"no {backend} kernel for {op.name}")
+    return op.implementation(backend)
+
+
+@each_stem
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5, "grad_scale": 2.0, "found_inf": 0.0}], ids=["plain", "all"])
+def test_small(stem: str, backend: str, options: dict[str, Any]) -> None:
+    """Every kind, feature and alignment: what compute-sanitizer looks at."""
+    # Triton leaves a table with float64 parameters to the reference.
+    entries = [e for e in MANY if backend == "cuda" or e.dtype != FP64]
+    ours = Problem(stem, entries, device=DEVICE).run(kernel(stem, backend), steps=2, **options)
+    theirs = Problem(stem, entries)
+    assert_same(ours, theirs.run(theirs.reference, steps=2, **options), ulps=ULPS)
+
+
+@each_stem
+@each_backend
+def test_small_found_inf(stem: str, backend: str) -> None:
+    ours = Problem(stem, MANY, device=DEVICE).run(kernel(stem, backend), found_inf=2.0, grad_scale=8.0)
+    before = Problem(stem, MANY).tensors()
+    assert ours.outcome[1].item() == 1
+    for name, t in ours.tensors().items():
+        assert name == "outcome" or torch.equal(t.cpu(), before[name]), f"{name} was written"
+
+
+@each_stem
+@each_backend
+def test_determinism_of_many_runs(stem: str, backend: str) -> None:
+    entries = [e for e in MANY if e.dtype != FP64] + [Entry(300 * TILE + 7)]
+    first = Problem(stem, entries, device=DEVICE).run(kernel(stem, backend), max_norm=1.0, steps=2)
+    for _ in range(10):
+        assert_same(Problem(stem, entries, device=DEVICE).run(kernel(stem, backend), max_norm=1.0, steps=2), first, 0)
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def parameters(dtype: torch.dtype = FP32) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(n, generator=generator) for n in (5, 1000, 3 * TILE + 1, 64, 1)]
+    return [torch.nn.Parameter(v.to(DEVICE, dtype)) for v in values]
+
+
+def set_grads(params: Sequence[torch.nn.Parameter], seed: int) -> None:
+    """In place from the second time on, as a captured step needs it."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    for p in params:
+        grad = torch.randn(p.shape, generator=generator, device=DEVICE).to(p.dtype)
+        p.grad = grad if p.grad is None else p.grad.copy_(grad)
+
+
+def make(stem: str, params: Sequence[torch.nn.Parameter], **options: Any) -> optim.FusedOptimizer:
+    half = len(params) // 2
+    return getattr(optim, CLASSES[stem])([{"params": params[:half]}, {"params": params[half:], "lr": 0.02}], **options)
+
+
+def results(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    states = [t for p in params for t in optimizer.state[p].values() if isinstance(t, Tensor)]
+    return [t.detach().clone() for t in (*params, *states)]
+
+
+@each_stem
+@each_backend
+def test_graphs_obey_changed_hyperparameters(stem: str, backend: str) -> None:
+    """A captured step with another lr and weight decay at every replay gives the bits of the eager steps."""
+    kernel(stem, backend)
+    ours, theirs = parameters(), parameters()
+    with fusedtricks.backend(backend):
+        captured, eager = (make(stem, p, lr=0.01, max_grad_norm=1.0, ema_decay=0.9) for p in (ours, theirs))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for i in range(3):
+                set_grads(ours, i)
+                captured.step()
+        torch.cuda.current_stream().wait_stream(side)
+        for i in range(3):
+            set_grads(theirs, i)
+            eager.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.step()
+        for i in range(20):
+            for optimizer in (captured, eager):
+                for group in optimizer.param_groups:
+                    group["lr"], group["weight_decay"] = 0.01 / (i + 1), 0.1 * i
+            set_grads(ours, 10 + i)
+            set_grads(theirs, 10 + i)
+            captured.push_hyperparameters()
+            graph.replay()
+            eager.step()
+    for a, b in zip(results(captured), results(eager), strict=True):
+        assert_bitwise_equal(a, b)
+
+
+def test_graphs_refuse_parameters_without_gradients() -> None:
+    params = parameters()
+    optimizer = make("adamw", params, lr=0.01)
+    set_grads(params, 0)
+    optimizer.step()
+    params[0].grad = None
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="have no gradient"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@each_stem
+@each_backend
+def test_sync_never(stem: str, backend: str) -> None:
+    """Neither in a stable step nor after a change of lr, with a scaler's tensors and clipping."""
+    kernel(stem, backend)
+    params = parameters(BF16)
+    with fusedtricks.backend(backend):
+        optimizer = make(stem, params, lr=0.01, max_grad_norm=1.0, master_weights="remainder")
+        optimizer.grad_scale, optimizer.found_inf = torch.full((), 2.0, device=DEVICE), torch.zeros((), device=DEVICE)
+        for i in range(2):
+            set_grads(params, i)
+            optimizer.step()  # the first may compile
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for lr in (0.01, 0.02, 0.03):
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@each_stem
+@each_backend
+@pytest.mark.parametrize(("options", "launches"), [({}, 1), ({"max_grad_norm": 1.0}, 2)], ids=["plain", "clipping"])
+def test_small_number_of_launches(stem: str, backend: str, options: dict[str, Any], launches: int) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    kernel(stem, backend)
+    params = parameters()
+    with fusedtricks.backend(backend):
+        optimizer = make(stem, params, lr=0.01, **options)
+        for i in range(2):
+            set_grads(params, i)
+            optimizer.step()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            optimizer.step()
+            torch.cuda.synchronize()
+    on_device = [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in on_device if not name.startswith(("Memcpy", "Memset"))]
+    assert len(kernels) == launches, kernels
+
+
+@each_backend
+def test_grad_scaler(backend: str) -> None:
+    """An overflow skips the step, count and all; the next one is as if it had not been."""
+    kernel("adamw", backend)
+    ours, theirs = parameters(), parameters()
+    with fusedtricks.backend(backend):
+        a, b = (make("adamw", p, lr=0.01) for p in (ours, theirs))
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
+        for i, overflow in enumerate((False, True, False)):
+            set_grads(theirs, i)
+            scale = scaler.scale(torch.ones((), device=DEVICE))
+            set_grads(ours, i)
+            for p in ours:
+                p.grad.mul_(scale if not overflow else float("inf"))
+            scaler.step(a)
+            scaler.update()
+            assert bool(a.step_skipped) == overflow
+            if not overflow:
+                b.step()
+    for x, y in zip(results(a), results(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
