@@ -12,9 +12,7 @@ template <class A>
 struct Moments {
   A mean, rest, variance, scale;
 
-  __device__ __forceinline__ Normalize<A> normalize(A eps) const {
-    return {mean, rest, rstd_of(variance, eps, scale)};
-  }
+  __device__ __forceinline__ Normalize<A> normalize(A eps) const { return {mean, rest, rstd_of(variance, eps, scale)}; }
 };
 
 template <bool Center, class T, int Width, class Tile, class A = Acc<T>>
