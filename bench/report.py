@@ -246,7 +246,9 @@ def report() -> None:
     body = []
     for stem, op in operations().items():
         figures = [_headline(stem, op, kind, found) for kind in ("cpu", "cuda")]
-        body.append([f"`{stem}`", f"`torch.{op.stands_in_for}`", _back_ends(stem), ", ".join(op.floors), *figures])
+        # A module or an optimizer of torch's, or a formula.
+        counterpart = op.stands_in_for if " " in op.stands_in_for else f"torch.{op.stands_in_for}"
+        body.append([f"`{stem}`", f"`{counterpart}`", _back_ends(stem), ", ".join(op.floors), *figures])
     between_markers(ROOT / "README.md", "operations", markdown(head, body))
     pages = [_device_page(folder, files) for folder, files in found.items()]
     if not any(content["kind"] == "cuda" for files in found.values() for content in files.values()):

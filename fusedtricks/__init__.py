@@ -6,6 +6,4 @@ from fusedtricks.ops._target import MixedTarget
 from fusedtricks.swap import swap, unswap
 
 __version__ = "0.1.0"
-__all__ = ["MixedTarget", "backend", "backends", "functional", "nn", "recipes", "swap", "unswap"]
-__all__ = ["MixedTarget", "backend", "backends", "functional", "nn", "optim"]
-__all__ = ["MixedTarget", "backend", "backends", "functional", "nn", "optim", "recipes"]
+__all__ = ["MixedTarget", "backend", "backends", "functional", "nn", "optim", "recipes", "swap", "unswap"]
