@@ -41,6 +41,8 @@ def sample_calls(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Op, 
             dys = [Guarded(y, layout if y.dim() >= 2 else "plain").tensor for y in ys]
             forward_backward(case, case.fn, tensors, wanted, dys, *rest)
             for options in case.options.values() if layout == "plain" and last and not (absent or frozen) else ():
+                ys = outputs(case.call(case.torch_fn, tensors, *rest, **options))
+                dys = [torch.randn_like(y) for y in ys]
                 forward_backward(case, case.fn, tensors, wanted, dys, *rest, **options)
     monkeypatch.undo()
     return calls

@@ -41,7 +41,12 @@ struct RandomBlock {
     philox(word, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), MultiplyWords{});
   }
 
-  FT_HD uint32_t half(int i) const { return (word[i / 2] >> (16 * (i % 2))) & 0xffffu; }
+  // Chosen, not indexed: an index that is not known would put the words into local memory on a GPU.
+  FT_HD uint32_t at(int i) const {
+    const uint32_t low = i & 1 ? word[1] : word[0], high = i & 1 ? word[3] : word[2];
+    return i & 2 ? high : low;
+  }
+  FT_HD uint32_t half(int i) const { return (at(i / 2) >> (16 * (i % 2))) & 0xffffu; }
 };
 
 // The random bits of one element. Neighbours share a block: loops over many elements draw it once.
@@ -49,7 +54,7 @@ FT_HD uint32_t random16(uint64_t seed, uint64_t index, uint32_t stream = 0) {
   return RandomBlock(seed, index / 8, stream).half(static_cast<int>(index % 8));
 }
 FT_HD uint32_t random32(uint64_t seed, uint64_t index, uint32_t stream = 0) {
-  return RandomBlock(seed, index / 4, stream).word[index % 4];
+  return RandomBlock(seed, index / 4, stream).at(static_cast<int>(index % 4));
 }
 
 }  // namespace fusedtricks
