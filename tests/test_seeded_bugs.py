@@ -102,7 +102,8 @@ def test_caught_in_a_kernel(name: str, tmp_path: Path) -> None:
     command = command.replace(str(build / object_file), str(tmp_path / object_file)).replace("-O3", "-O0")
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=300)
 
-    link = next(c for c in reversed(commands) if " -shared " in c or " -bundle " in c)
+    linking = (c for c in commands if " -shared " in c or " -bundle " in c)
+    link = next(c for c in linking if Path(c.split(" -o ")[1].split(" ")[0]).name.startswith("_C."))
     output = tmp_path / "_C.so"
     before, _, after = link.partition(" -o ")
     link = f"{before} -o {output} {after.split(' ', 1)[1]}".replace(
