@@ -54,5 +54,5 @@ def traffic() -> Iterator[Moved]:
             backward = lambda dy=dy, dz=dz, z=z, w=weight, stats=stats: bwd(  # noqa: E731
                 dy, dz, z, w, stats, seed, 60000, 1, True, True, True, True, True
             )
-            # 5n is without the gradient of the second output, which takes another.
-            yield Moved("backward", size, dtype, backward, 6 * n, 1.1)
+            # dy, dz and z are read, dx and dresidual written.
+            yield Moved("backward", size, dtype, backward, 5 * n, 1.1)

@@ -126,15 +126,5 @@ def test_gaps_between_rows(stem: str) -> None:
     assert_same(ours.run(kernel(stem)), theirs.run(theirs.reference), ulps=ULPS)
 
 
-@pytest.mark.parametrize("stem", ["adamw", "nadam"])
-def test_bytes(stem: str) -> None:
-    from bench import _optim_traffic, traffic
-
-    for moved in _optim_traffic.traffic(stem):
-        with traffic.count_traffic() as counted:
-            moved.call()
-        assert moved.floor <= counted.bytes <= 28.5 * moved.shape[0]
-
-
 def test_an_empty_table() -> None:
     assert Problem("sgd", []).run(kernel("sgd"), found_inf=1.0, max_norm=1.0).outcome.tolist() == [0.0, 1.0]
