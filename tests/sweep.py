@@ -226,16 +226,15 @@ def expected(stem: str, config: Config) -> Expected:
     truth, result = run(torch.float64), run(widest)
     kinds = [tensors[0].dtype] * len(dys) + [tensors[i].dtype for i in wanted]
     accumulator = torch.float64 if config.dtype == "fp64" else torch.float32
-    noise = (
-        4
-        * torch.finfo(accumulator).eps
-        * max(case.amplified.get(k, 0.0) for k in (config.shape, f"dy {config.grad_layout}"))
-    )
-    slack = [noise] * len(truth)
+    unit = 4 * torch.finfo(accumulator).eps
+    everywhere = unit * case.amplified.get(config.shape, 0.0)
+    # A layout of the gradient makes sums over it cancel: those of the parameters, and nothing else.
+    of_parameters = max(everywhere, unit * case.amplified.get(f"dy {config.grad_layout}", 0.0))
+    slack = [everywhere] * len(dys) + [of_parameters if i else everywhere for i in wanted]
     if tensors[0].dtype == torch.float64:
         ratio = 64 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         pairs = zip(run(torch.float32), run(torch.float32, torch.float64), strict=True)
-        slack = [noise + ratio * largest(narrow.double() - wide) for narrow, wide in pairs]
+        slack = [s + ratio * largest(narrow.double() - wide) for s, (narrow, wide) in zip(slack, pairs, strict=True)]
     return Expected(tensors, dys, wanted, truth, [r.to(k) for r, k in zip(result, kinds, strict=True)], slack)
 
 
