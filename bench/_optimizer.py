@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fusedtricks.optim
+import fusedtricks
 from bench import Call, Moved, Size
 from fusedtricks.ops import _optimizer, _shard
 
@@ -74,13 +74,13 @@ class Optimizer:
         return Stepped(fn, tensors)
 
 
-def traffic(name: str, states: int) -> Iterator[Moved]:
+def traffic(operation: Optimizer) -> Iterator[Moved]:
     """Bytes of one step of 300 000 elements in three tensors, sizes that fill no tile."""
     for dtype in (torch.float32, torch.bfloat16):
         params = [torch.nn.Parameter(torch.randn(100_000).to(dtype)) for _ in range(3)]
         for p in params:
             p.grad = torch.randn_like(p)
-        optimizer = getattr(fusedtricks.optim, name)(params)
+        optimizer = operation.ours(params)
 
         def call(optimizer: torch.optim.Optimizer = optimizer) -> Sequence[Tensor]:
             before, _optimizer.Shard = _optimizer.Shard, lambda *args: _shard.Shard(*args, tiled=True)
@@ -91,4 +91,4 @@ def traffic(name: str, states: int) -> Iterator[Moved]:
                 _optimizer.Shard = before
             return []
 
-        yield Moved("step", (300_000,), dtype, call, (3 + 2 * states) * 300_000 * dtype.itemsize, 28.5 / 28)
+        yield Moved("step", (300_000,), dtype, call, operation.bytes("step", (3, 100_000), dtype), 28.5 / 28)

@@ -18,4 +18,4 @@ OPERATION = _optimizer.Optimizer(
 
 
 def traffic() -> Iterator[Moved]:
-    return _optimizer.traffic("AdamW", 2)
+    return _optimizer.traffic(OPERATION)
