@@ -283,15 +283,20 @@ _MIXED = {1000: (torch.bfloat16, torch.float32), 65536: (torch.bfloat16, torch.f
 
 
 def specialisations(center: bool) -> Iterator[tuple[str, Launch]]:
-    """(note, launch) for one shape of each regime and the usual dtypes, planned on meta tensors as on an H100."""
+    """(note, launch) for one shape of each regime and the usual dtypes, planned on meta tensors as on an H100.
+
+    RMS normalization is layer normalization with parts left out: it is listed in bf16 alone.
+    """
     for C, note in _COLUMNS.items():
-        for dtype, parameter in (*_SAME, *([_MIXED[C]] if C in _MIXED else [])):
+        for dtype, parameter in (*_SAME[not center :], *([_MIXED[C]] if C in _MIXED and center else [])):
             x, y = (torch.empty((4096, C), dtype=dtype, device="meta") for _ in range(2))
             weight = torch.empty(C, dtype=parameter, device="meta")
             stats = torch.empty((3, 4096) if center else (4096,), device="meta")
             bias = torch.empty_like(weight) if center else None
             label = f"{C} {str(dtype)[6:]}/{str(parameter)[6:]}, {note}"
-            args = describe({"x": x, "y": y}, 1)
-            yield f"forward {label}", plan_forward(x, weight, bias, 1e-5, y, stats, args, center)
-            args = describe({"dy": y, "x": x, "dx": y}, 1)
-            yield f"backward {label}", plan_backward(y, x, weight, stats, y, weight, bias, args, center)
+            if "widest backward" not in note:
+                args = describe({"x": x, "y": y}, 1)
+                yield f"forward {label}", plan_forward(x, weight, bias, 1e-5, y, stats, args, center)
+            if "widest forward" not in note:
+                args = describe({"dy": y, "x": x, "dx": y}, 1)
+                yield f"backward {label}", plan_backward(y, x, weight, stats, y, weight, bias, args, center)

@@ -75,14 +75,37 @@ inline __attribute__((always_inline)) void with_block(bool stream, int count, co
   }
 }
 
-// Is tensor 0 of `rows`, which begins at `p`, to be streamed? Each of its rows must be aligned to what one store
-// writes.
-template <class T, int K>
-inline bool worth_streaming(const Rows<K>& rows, const T* p, int64_t columns, int64_t tensors) {
-  auto places = reinterpret_cast<uintptr_t>(p);
-  for (int level = 0; level < rows.levels; ++level) places |= rows.stride[0][level] * sizeof(T);
-  return places % (kLanes<Acc<T>> * sizeof(T)) == 0 &&
-         worth_streaming(tensors * rows.count * columns * int64_t{sizeof(T)});
+// How tensor 0 of `rows`, which begins at `p`, is stored: past the caches or not, and how many rows a block has. Rows
+// that are not aligned to what one store writes have heads of different lengths, and are streamed one by one.
+struct Storing {
+  bool stream;
+  int together;
+
+  template <class T, int K>
+  Storing(const Rows<K>& rows, const T* p, int64_t columns, int64_t tensors)
+      : stream(worth_streaming(tensors * rows.count * columns * int64_t{sizeof(T)})), together(block_rows(columns)) {
+    auto places = reinterpret_cast<uintptr_t>(p);
+    for (int level = 0; level < rows.levels; ++level) places |= rows.stride[0][level] * sizeof(T);
+    if (!stream || places % (kLanes<Acc<T>> * sizeof(T)) == 0) return;
+    stream = columns >= kFewestStreamed;
+    if (stream) together = 1;
+  }
+
+  // Of rows not aligned: in shorter ones heads and tails are too many.
+  static constexpr int64_t kFewestStreamed = 256;
+};
+
+// sweep over the columns of a block of `Count` rows whose results begin at `p`. What is streamed is stored from where
+// it is aligned.
+template <bool Stream, int Count, class T, class F, class A = Acc<T>>
+inline __attribute__((always_inline)) void sweep_block(const T* p, int64_t columns, F&& f) {
+  int64_t head = 0;
+  if constexpr (Stream && Count == 1) {
+    constexpr int64_t kWidth = kLanes<A> * sizeof(T);
+    head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kWidth / sizeof(T));
+    if (head > 0) f(0, Tail{static_cast<int>(head)}, 0);
+  }
+  sweep<A, Count == 1 ? 4 : 1>(head, columns, std::forward<F>(f));
 }
 
 template <bool Center, class A>
@@ -111,7 +134,7 @@ inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* b
   T* y[Count];
   Normalize<Vec<A>> n[Count];
   for (int i = 0; i < Count; ++i) x[i] = row[i].x, y[i] = row[i].y, n[i] = spread(row[i].n);
-  sweep<A, Count == 1 ? 4 : 1>(0, columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+  sweep_block<Stream, Count>(y[0], columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
     Vec<A> w, b;
     if constexpr (Affine) w = load(weight + j, lanes);
     if constexpr (Affine && Center) b = load(bias + j, lanes);
@@ -138,12 +161,11 @@ struct RowsAsTheyAre {
 template <bool Center, bool Affine, class T, class Prepare, class A = Acc<T>>
 void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weight, const A* bias, int64_t columns,
                   A eps, const Prepare& prepare) {
-  const int together = block_rows(columns);
-  const bool stream = worth_streaming(rows, y, columns, 2);
+  const Storing storing(rows, y, columns, 2);
   parallel(rows.count, columns, [&](int64_t begin, int64_t end) {
     typename Rows<3>::Walk at(rows, begin);
     for (int64_t left = end - begin; left > 0;) {
-      const int count = left >= together ? together : 1;
+      const int count = left >= storing.together ? storing.together : 1;
       ForwardRow<T> block[kMostRows] = {};
       for (int i = 0; i < count; ++i) {
         auto& row = block[i];
@@ -160,11 +182,11 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
         }
         if (--left > 0) at.next();
       }
-      with_block(stream, count, [&]<bool Stream, int Count>() {
+      with_block(storing.stream, count, [&]<bool Stream, int Count>() {
         normalize_rows<Center, Affine, Stream, Count>(block, weight, bias, columns);
       });
     }
-    if (stream) streamed();
+    if (storing.stream) streamed();
   });
 }
 
@@ -269,7 +291,7 @@ inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight
     dy[i] = row[i].dy, x[i] = row[i].x, dx[i] = row[i].dx, n[i] = spread(row[i].n);
     mean_g[i] = broadcast(row[i].mean_g), mean_gx[i] = broadcast(row[i].mean_gx);
   }
-  sweep<A, Count == 1 ? 4 : 1>(0, columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+  sweep_block<Stream, Count>(dx[0], columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
     Vec<A> dw{}, db{};
     const Vec<A> w = Dx && weight ? load(weight + j, lanes) : broadcast(A(1));
 #pragma GCC unroll 4
@@ -311,9 +333,9 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
                      int64_t columns, const Make& make) {
   const Chunks chunks(rows.count);
   const int64_t width = Center ? 2 * columns : columns;
-  const int together = block_rows(columns);
+  // What is read again, or never stored, counts as nothing to stream.
   constexpr bool kReadsStored = decltype(make.template make<T>())::kReadsStored;
-  const bool stream = Dx && !kReadsStored && worth_streaming(rows, dx, columns, 3);
+  const Storing storing(rows, dx, columns, Dx && !kReadsStored ? 3 : 0);
   parallel(chunks.count, chunks.rows_each * columns, [&](int64_t begin, int64_t end) {
     auto finish = make.template make<T>();
     // Last chunk first: of x and dy the end was written or read most recently, and may still be in a cache.
@@ -324,7 +346,7 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
       const int64_t first = c * chunks.rows_each;
       typename Rows<4>::Walk at(rows, first);
       for (int64_t left = std::min(rows.count - first, chunks.rows_each); left > 0;) {
-        const int count = left >= together ? together : 1;
+        const int count = left >= storing.together ? storing.together : 1;
         BackwardRow<T> block[kMostRows];
         for (int i = 0; i < count; ++i) {
           const A* s = stats + at.offset[3];
@@ -333,13 +355,13 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
           finish.begin(i, at.offset[3]);
           if (--left > 0) at.next();
         }
-        with_block(stream, count, [&]<bool Stream, int Count>() {
+        with_block(storing.stream, count, [&]<bool Stream, int Count>() {
           if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
           backward_rows<Center, Dx, Parameters, Dx && Stream, Count>(block, weight, dweight, dbias, columns, finish);
         });
       }
     }
-    if (stream) streamed();
+    if (storing.stream) streamed();
   });
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +45,15 @@ def _key(*content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time: another that wants the same waits for it instead of compiling it as well."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(
     patches: Mapping[str, tuple[str, str]] | None = None, *, stems: tuple[str, ...] = (), asan: bool = False
 ) -> Path:
@@ -51,8 +62,13 @@ def build(
     `stems` are the .cu files to include; default: all. `asan` adds AddressSanitizer, which the process that loads the
     library must preload.
     """
+    with _alone():
+        return _build(patches or {}, stems, asan)
+
+
+def _build(patches: Mapping[str, tuple[str, str]], stems: tuple[str, ...], asan: bool) -> Path:
     sources = _tree()
-    for path, (old, new) in (patches or {}).items():
+    for path, (old, new) in patches.items():
         if sources[path].count(old) != 1:
             raise ValueError(f"{path}: expected once, found {sources[path].count(old)} times: {old!r}")
         sources[path] = sources[path].replace(old, new)
@@ -72,7 +88,7 @@ def build(
     def compile(source: Path, out: Path) -> str:
         if out.exists():
             return str(out)
-        part = out.with_suffix(f".{os.getpid()}.o")  # two test processes may build the same
+        part = out.with_suffix(".part.o")  # what has the final name is whole
         includes = [f"-I{HERE / 'include'}", f"-I{tree}"]
         command = [compiler(), *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(part)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -86,7 +102,7 @@ def build(
         objects = list(pool.map(lambda job: compile(*job), [*((p, folder / f"{p.stem}.o") for p in wanted), scheduler]))
     lib = TORCH / "lib"
     link = ["-shared", "-Wl,-Bsymbolic", f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10", "-ldl"]
-    part = library.with_suffix(f".{os.getpid()}")
+    part = library.with_suffix(".part")
     subprocess.run([compiler(), *flags, *objects, *link, "-o", str(part)], check=True)
     part.rename(library)
     return library
