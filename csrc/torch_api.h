@@ -231,6 +231,61 @@ inline void check_dropout(const char* op, const Tensor& x, const Tensor& seed, i
   STD_TORCH_CHECK(trailing == group || x.numel() == 0, op, ": a group must be some trailing dimensions, got ", group);
 }
 
+// ---- cross-entropy: what every launcher checks
+// -----------------------------------------------------------------------
+
+// Labels, and not class probabilities?
+inline bool holds_labels(const Tensor& target) {
+  const auto type = target.scalar_type();
+  return type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Byte;
+}
+
+inline RowShape check_loss(const char* op, const Tensor& logits, const Tensor& target, const MaybeTensor& other,
+                           const MaybeTensor& lam, const MaybeTensor& weight) {
+  check_floating(op, "logits", logits.scalar_type());
+  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, op, ": expected logits (*, C) with C >= 1");
+  const auto accumulate = accumulate_dtype(logits.scalar_type());
+  const int64_t classes = logits.size(logits.dim() - 1), rows = logits.numel() / classes;
+  for (const Tensor* t : {&target, other ? &*other : nullptr, lam ? &*lam : nullptr, weight ? &*weight : nullptr}) {
+    STD_TORCH_CHECK(!t || (t->is_cuda() == logits.is_cuda() && t->get_device_index() == logits.get_device_index()), op,
+                    ": expected all tensors on the device of the logits");
+  }
+  if (!holds_labels(target)) check_floating(op, "class probabilities", target.scalar_type());
+  STD_TORCH_CHECK(target.numel() == (holds_labels(target) ? rows : logits.numel()), op, ": expected ", rows,
+                  " labels, or class probabilities of the logits' shape, got ", target.numel(), " elements");
+  STD_TORCH_CHECK(other.has_value() == lam.has_value(), op, ": a second label and lam go together");
+  if (other) {
+    STD_TORCH_CHECK(holds_labels(target) && holds_labels(*other) && other->numel() == rows, op, ": expected ", rows,
+                    " second labels");
+    STD_TORCH_CHECK((lam->dim() == 0 || lam->numel() == rows) && lam->scalar_type() == accumulate, op,
+                    ": lam must be 0-dim or hold a value for each label, in the accumulation dtype");
+  }
+  if (weight) {
+    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes && weight->scalar_type() == accumulate, op,
+                    ": weight must be (C,) in the accumulation dtype");
+  }
+  return {rows, classes};
+}
+
+inline void check_loss_gradient(const char* op, const Tensor& logits, int64_t rows, const Tensor& dloss,
+                                const MaybeTensor& dlse, const Tensor& stats, const Tensor& total, int64_t reduction) {
+  const auto accumulate = accumulate_dtype(logits.scalar_type());
+  STD_TORCH_CHECK(dloss.scalar_type() == accumulate && dloss.numel() == (reduction == 0 ? rows : 1), op,
+                  ": the gradient must have the shape and dtype of the loss");
+  STD_TORCH_CHECK(!dlse || (dlse->scalar_type() == accumulate && dlse->numel() == rows), op,
+                  ": the gradient of lse must have its shape and dtype");
+  STD_TORCH_CHECK(stats.numel() == 3 * rows && stats.is_contiguous() && stats.scalar_type() == accumulate &&
+                      total.scalar_type() == accumulate && total.numel() == 1,
+                  op, ": the statistics must be those that the forward returned");
+}
+
+// Class probabilities in a dtype that the kernels take beside the logits'; labels give the logits once more.
+inline Tensor probabilities_of(const Tensor& target, const Tensor& logits) {
+  if (holds_labels(target)) return logits;
+  const auto type = target.scalar_type(), accumulate = accumulate_dtype(logits.scalar_type());
+  return type == logits.scalar_type() || type == accumulate ? target : torch::stable::to(target, accumulate);
+}
+
 // Strides of the leading dimensions of a plain tensor of one element per row.
 inline std::array<int64_t, 64> row_major(const Tensor& x, int64_t dims) {
   std::array<int64_t, 64> strides;

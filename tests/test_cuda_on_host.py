@@ -23,8 +23,6 @@ from cuda_on_host import build
 from parity import assert_bitwise_equal, bits
 from torch import Tensor
 
-from fusedtricks import _op
-
 pytestmark = [
     pytest.mark.skipif(not cuda_on_host.available(), reason="needs g++ to compile csrc/cuda for the CPU"),
     pytest.mark.skipif(sweep.INTERPRETED, reason="TRITON_INTERPRET=1 tests Triton kernels"),
@@ -57,15 +55,9 @@ HOST = sweep.Target("cpu", "cuda_on_host")
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[cuda_on_host.Library]:
-    """The library, also as a back end "cuda_on_host" of the operators while these tests run."""
-    library, names = cuda_on_host.library(), _op.BACKENDS
-    _op.BACKENDS = (*names, "cuda_on_host")
-    for name, op in library.ops.items():
-        _op.Op.registry[name]._implementations["cuda_on_host"] = op
-    yield library
-    _op.BACKENDS = names
-    for name in library.ops:
-        del _op.Op.registry[name]._implementations["cuda_on_host"]
+    library = cuda_on_host.library()
+    with library.as_backend():
+        yield library
 
 
 def sample(case: Case, device: str) -> list[sweep.Config]:

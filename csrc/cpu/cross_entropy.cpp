@@ -28,32 +28,6 @@ struct Labels {
   }
 };
 
-void check(const char* op, const Tensor& logits, const Tensor& target, const MaybeTensor& other, const MaybeTensor& lam,
-           const MaybeTensor& weight) {
-  check_floating(op, "logits", logits.scalar_type());
-  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, op, ": expected logits (*, C) with C >= 1");
-  const auto accumulate = accumulate_dtype(logits.scalar_type());
-  const int64_t classes = logits.size(logits.dim() - 1), rows = logits.numel() / classes;
-  auto labels = [](const Tensor& t) {
-    return t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int ||
-           t.scalar_type() == ScalarType::Byte;
-  };
-  if (!labels(target)) check_floating(op, "class probabilities", target.scalar_type());
-  STD_TORCH_CHECK(target.numel() == (labels(target) ? rows : logits.numel()), op, ": expected ", rows,
-                  " labels, or class probabilities of the logits' shape, got ", target.numel(), " elements");
-  STD_TORCH_CHECK(other.has_value() == lam.has_value(), op, ": a second label and lam go together");
-  if (other) {
-    STD_TORCH_CHECK(labels(target) && labels(*other) && other->numel() == rows, op, ": expected ", rows,
-                    " second labels");
-    STD_TORCH_CHECK((lam->dim() == 0 || lam->numel() == rows) && lam->scalar_type() == accumulate, op,
-                    ": lam must be 0-dim or hold a value for each label, in the accumulation dtype");
-  }
-  if (weight) {
-    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes && weight->scalar_type() == accumulate, op,
-                    ": weight must be (C,) in the accumulation dtype");
-  }
-}
-
 // The leading dimensions of out, logits, a dense tensor and the probabilities, and how the classes lie in them.
 struct Layout {
   Tensor x, out, t;
@@ -123,8 +97,7 @@ struct Targets {
   Targets(const Tensor& target, const MaybeTensor& other, const MaybeTensor& lambda, const MaybeTensor& w, int64_t C,
           const LossOptions<A>& options)
       : weight_sum(static_cast<A>(C)), classes(C), o(options) {
-    const auto type = target.scalar_type();
-    if (type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Byte) a.emplace(target);
+    if (holds_labels(target)) a.emplace(target);
     if (other) {
       b.emplace(*other);
       lam_owner = torch::stable::contiguous(*lambda);
@@ -253,15 +226,15 @@ void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& 
         auto differentiate = [&]<bool Stream>(const auto& e) {
           row_gradient<Probabilities, Stream>(loss, x, t, target, slope, unit, e, dx);
         };
-        auto streamed = [&](const auto& e) {
+        auto past_caches = [&](const auto& e) {
           const bool aligned = reinterpret_cast<uintptr_t>(dx) % (kLanes<A> * sizeof(T)) == 0;
           far && aligned && dx != x ? differentiate.template operator()<true>(e)
                                     : differentiate.template operator()<false>(e);
         };
         if (kept) {
-          streamed([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
+          past_caches([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
         } else {
-          streamed([&](int64_t j, auto lanes) { return exp<A>(loss.z(load(x + j, lanes)) - top); });
+          past_caches([&](int64_t j, auto lanes) { return exp<A>(loss.z(load(x + j, lanes)) - top); });
         }
       }
     }
@@ -371,14 +344,6 @@ void run(const Layout& l, const Targets<Acc<T>>& targets, const Pass<T>& pass) {
   go.template operator()<A, true>();
 }
 
-// Class probabilities in a dtype that the kernels take beside the logits'; labels give the logits once more.
-Tensor probabilities_of(const Tensor& target, const Tensor& logits) {
-  const auto type = target.scalar_type();
-  if (type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Byte) return logits;
-  const auto accumulate = accumulate_dtype(logits.scalar_type());
-  return type == logits.scalar_type() || type == accumulate ? target : torch::stable::to(target, accumulate);
-}
-
 template <class A>
 LossOptions<A> options(int64_t ignore_index, double on, double off, double z_loss, double softcap, double scale) {
   return {ignore_index,           static_cast<A>(on),      static_cast<A>(off),
@@ -396,8 +361,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tenso
                                                                      double softcap, double scale, int64_t reduction,
                                                                      bool need_dlogits, bool need_rank) {
   const char* op = "cross_entropy_fwd";
-  check(op, logits, target, other, lam, weight);
-  const int64_t C = logits.size(logits.dim() - 1), R = logits.numel() / C;
+  const auto shape = check_loss(op, logits, target, other, lam, weight);
+  const int64_t R = shape.rows, C = shape.columns;
   const auto accumulate = accumulate_dtype(logits.scalar_type());
   const auto dlogits = need_dlogits ? fusedtricks::empty_like(logits) : empty({0}, logits.scalar_type(), logits);
   const auto rank =
@@ -437,16 +402,9 @@ void backward(const char* op, const Tensor& dloss, const MaybeTensor& dlse, cons
               const MaybeTensor& other, const MaybeTensor& lam, const MaybeTensor& weight, const Tensor& stats,
               const Tensor& total, int64_t ignore_index, double on, double off, double z_loss, double softcap,
               double scale, int64_t reduction, Tensor out) {
-  check(op, logits, target, other, lam, weight);
-  const int64_t C = logits.size(logits.dim() - 1), R = logits.numel() / C;
-  const auto accumulate = accumulate_dtype(logits.scalar_type());
-  STD_TORCH_CHECK(dloss.scalar_type() == accumulate && dloss.numel() == (reduction == 0 ? R : 1), op,
-                  ": the gradient must have the shape and dtype of the loss");
-  STD_TORCH_CHECK(!dlse || (dlse->scalar_type() == accumulate && dlse->numel() == R), op,
-                  ": the gradient of lse must have its shape and dtype");
-  STD_TORCH_CHECK(stats.numel() == 3 * R && stats.is_contiguous() && stats.scalar_type() == accumulate &&
-                      total.scalar_type() == accumulate && total.numel() == 1,
-                  op, ": the statistics must be those that the forward returned");
+  const auto shape = check_loss(op, logits, target, other, lam, weight);
+  const int64_t R = shape.rows, C = shape.columns;
+  check_loss_gradient(op, logits, R, dloss, dlse, stats, total, reduction);
   if (R == 0) return;
   const auto layout = lay_out(logits, out, probabilities_of(target, logits), true);
   const Tensor grad = torch::stable::contiguous(dloss);

@@ -10,27 +10,24 @@
 
 namespace fusedtricks::FT_ISA {
 
-// z = scale * softcap * tanh(x / softcap). Plain: z = x, and no class weights.
+// Plain: z = x, and no class weights.
 template <class A, bool Plain>
 struct Scaling {
   A softcap, scale;
 
-  Vec<A> bounded(Vec<A> x) const { return tanh<A>(x / softcap); }
+  struct Tanh {
+    Vec<A> operator()(Vec<A> x) const { return tanh<A>(x); }
+  };
 
   Vec<A> operator()(Vec<A> x) const {
     if constexpr (Plain) return x;
-    if (softcap != A(0)) x = softcap * bounded(x);
-    return x * scale;
+    return scaled_logit(x, softcap, scale, Tanh{});
   }
 
   A operator()(A x) const { return (*this)(broadcast(x))[0]; }
 
   // dz / dx
-  Vec<A> slope(Vec<A> x) const {
-    if (softcap == A(0)) return broadcast(scale);
-    const auto t = bounded(x);
-    return scale * (A(1) - t * t);
-  }
+  Vec<A> slope(Vec<A> x) const { return scaled_slope(x, softcap, scale, Tanh{}); }
 };
 
 // Everything about a call that does not change from row to row.
@@ -51,7 +48,7 @@ struct Loss {
     return weight ? weight[c] : A(1);
   }
   // q of class probabilities
-  Vec<A> q(Vec<A> t, Vec<A> w) const { return (o.on * t + o.off) * w; }
+  Vec<A> q(Vec<A> t, Vec<A> w) const { return soft_coefficient(t, w, o); }
 };
 
 // ---- one row --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,50 @@ struct LossOptions {
   A on, off, z_loss, softcap, scale;
 };
 
+// z = scale softcap tanh(x / softcap), or scale x without a softcap, and dz / dx. V: A, or a register of it.
+template <class V, class A, class Tanh>
+FT_HD V scaled_logit(V x, A softcap, A scale, const Tanh& tanh) {
+  if (softcap != A(0)) x = softcap * tanh(x / softcap);
+  return x * scale;
+}
+
+template <class V, class A, class Tanh>
+FT_HD V scaled_slope(V x, A softcap, A scale, const Tanh& tanh) {
+  if (softcap == A(0)) return V{} + scale;
+  const V t = tanh(x / softcap);
+  return scale * (A(1) - t * t);
+}
+
+// q_c of a class probability t
+template <class V, class A>
+FT_HD V soft_coefficient(V t, V weight, const LossOptions<A>& o) {
+  return (o.on * t + o.off) * weight;
+}
+
+// Of some classes of a row: top = max z, and sums of exp(z - top), of q (z - top) and of q. What has q = 0 is left out.
+template <class A>
+struct ClassSums {
+  A top = -std::numeric_limits<A>::infinity(), total = 0, rest = 0, q = 0;
+};
+
+// A running maximum (Milakov and Gimelshein 2018, section 3) that survives parts without a finite logit.
+template <class A, class Exp>
+FT_HD ClassSums<A> join(const ClassSums<A>& a, const ClassSums<A>& b, const Exp& exp) {
+  ClassSums<A> s;
+  s.top = a.top < b.top ? b.top : a.top;
+  s.q = a.q + b.q;
+  auto add = [&](const ClassSums<A>& part) {
+    const A fall = part.top - s.top;
+    s.total += part.top == s.top ? part.total : part.total * exp(fall);
+    s.rest += part.q == A(0) || part.top == s.top || part.top == -std::numeric_limits<A>::infinity()
+                  ? part.rest
+                  : part.rest + part.q * fall;
+  };
+  add(a);
+  add(b);
+  return s;
+}
+
 // q_c = off w_c + [c = a] at_a + [c = b] at_b, with sum q; for class probabilities q and what is left of this.
 template <class A>
 struct RowTarget {

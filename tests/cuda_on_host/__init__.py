@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fusedtricks import _op
 from fusedtricks._op import Op
 
 from . import build as _build
@@ -68,6 +69,20 @@ class Library:
             yield
         finally:
             self._lib.ft_configure(2, 1024, 227 << 10, 0)
+
+    @contextlib.contextmanager
+    def as_backend(self) -> Iterator[None]:
+        """The kernels also as a back end "cuda_on_host" of their operators."""
+        before = _op.BACKENDS, {name: dict(Op.registry[name]._implementations) for name in self.ops}
+        _op.BACKENDS = (*_op.BACKENDS, "cuda_on_host")
+        for name, op in self.ops.items():
+            Op.registry[name]._implementations["cuda_on_host"] = op
+        try:
+            yield
+        finally:
+            _op.BACKENDS = before[0]
+            for name, implementations in before[1].items():
+                Op.registry[name]._implementations = implementations
 
 
 _default: Library | None = None
