@@ -14,6 +14,7 @@ from cases.cross_entropy import torchs
 from parity import assert_bitwise_equal, assert_no_worse
 from sweep import INTERPRETED
 from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import fusedtricks
@@ -66,6 +67,44 @@ def test_error_inputs_of_torch() -> None:
         made, given = e.module_error_input.constructor_input, e.module_error_input.forward_input
         with pytest.raises(e.error_type, match=e.error_regex):
             fusedtricks.nn.CrossEntropyLoss(*made.args, **made.kwargs)(*given.args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_op_db_samples(dtype: torch.dtype) -> None:
+    """Values and gradients, to class probabilities too, of torch's samples as they are and strided."""
+    info = next(i for i in op_db if i.name == "nn.functional.cross_entropy")
+    assert info.error_inputs_func is None  # those of the module are above
+    samples = list(info.sample_inputs("cpu", dtype))
+    assert len(samples) == 21
+    for given in [*samples, *(s.noncontiguous() for s in samples)]:
+        (target,) = given.args
+
+        def run(fn: Any, dtype: torch.dtype, given: Any = given, target: Tensor = target) -> list[Tensor]:
+            cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
+            leaves = [t if t.dtype == torch.long else cast(t.detach()).requires_grad_() for t in (given.input, target)]
+            loss = fn(*leaves, **{k: cast(v) for k, v in given.kwargs.items()})
+            return [loss.detach(), *torch.autograd.grad(loss.sum(), [t for t in leaves if t.requires_grad])]
+
+        truth = run(F.cross_entropy, torch.float64)
+        precision = torch.float64 if dtype == torch.float64 else torch.float32
+        for i, (mine, theirs, true) in enumerate(
+            zip(run(cross_entropy, dtype), run(F.cross_entropy, dtype), truth, strict=True)
+        ):
+            strides = mine.stride()  # checked by the parity sweep
+            assert_no_worse(mine, theirs, true, strides=strides, precision=precision, name=f"result {i}")
+
+
+@pytest.mark.parametrize("kind", ["labels", "probabilities"])
+def test_op_db_second_derivatives(kind: str) -> None:
+    info = next(i for i in op_db if i.name == "nn.functional.cross_entropy")
+    for given in info.sample_inputs("cpu", torch.float64, requires_grad=True):
+        (target,) = given.args
+        if given.input.numel() > 60 or (target.dtype == torch.long) != (kind == "labels"):
+            continue
+        leaves = [t.requires_grad_() if t.is_floating_point() else t for t in (given.input, target)]
+        fn = lambda x, t, given=given: cross_entropy(x, t, **given.kwargs)  # noqa: E731
+        assert torch.autograd.gradcheck(fn, leaves)
+        assert torch.autograd.gradgradcheck(fn, leaves)
 
 
 # ---- every kind of target --------------------------------------------------------------------------------------------
