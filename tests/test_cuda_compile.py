@@ -21,7 +21,10 @@ pytestmark = pytest.mark.skipif(
 )
 LANES = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2}
 # Kernels that store no more than a few numbers for each row or channel.
-STATISTICS = ("measure_strips", "project_strips", "square_gradients", "measure_channels", "sum_channels")
+STATISTICS = (
+    *("measure_strips", "project_strips", "square_gradients", "measure_channels", "sum_channels"),
+    "row_losses",
+)
 
 
 @pytest.fixture(scope="module")
