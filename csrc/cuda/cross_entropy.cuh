@@ -231,16 +231,15 @@ struct Seen {
   // The share of thread `lane` of slots first to last, and of what is outside of slots, which goes with the first.
   __device__ __forceinline__ void read(const Row<T, Plain, Soft>& row, int64_t first, int64_t last, int lane,
                                        int lanes) {
-    constexpr A kNone = -std::numeric_limits<A>::infinity();
     constexpr int L = kLanes<T>;
-    auto finite = [](A top) { return top == kNone ? A(0) : top; };
+    auto finite = [](A top) { return top == -kInfinity<A> ? A(0) : top; };
     for (int64_t s = first + lane; s < last; s += kSlotsAtOnce * lanes) {
       Vector<T> x[kSlotsAtOnce];
 #pragma unroll
       for (int k = 0; k < kSlotsAtOnce; ++k) {
         if (s + k * lanes < last) row.logits(row.slot(s + k * lanes), x[k].at);
       }
-      A top = kNone;
+      A top = -kInfinity<A>;
 #pragma unroll
       for (int k = 0; k < kSlotsAtOnce; ++k) {
         if (s + k * lanes >= last) continue;
@@ -258,7 +257,7 @@ struct Seen {
     }
     const int64_t extras = first == 0 ? row.extras() : 0;
     if (lane >= extras) return;
-    A top = kNone;
+    A top = -kInfinity<A>;
     T x[1];
     for (int64_t e = lane; e < extras; e += lanes) {
       row.logits(row.extra(e), x);
@@ -289,8 +288,10 @@ __global__ void __launch_bounds__(kLossThreads) row_losses(const LossForward<T> 
   seen.ranking = !Plain && !Soft && a.rank;
   int64_t label[2] = {0, 0};
   if (seen.ranking) {
+    label[0] = a.a.at(index);
+    label[1] = a.b.data ? a.b.at(index) : label[0];
+#pragma unroll
     for (int h = 0; h < 2; ++h) {
-      label[h] = !h || a.b.data ? (h ? a.b : a.a).at(index) : label[0];
       seen.label[h] = label[h] >= 0 && label[h] < a.C ? label[h] : 0;
       seen.at_label[h] = widen(row.x[seen.label[h] * a.x_step]);
     }
@@ -307,6 +308,7 @@ __global__ void __launch_bounds__(kLossThreads) row_losses(const LossForward<T> 
     const int64_t of_row = here.r * a.parts;
     if (live && group.rank == 0) {
       a.part_sums[of_row + here.part] = seen.sums;
+#pragma unroll
       for (int h = 0; h < 2; ++h) a.part_counts[2 * (of_row + here.part) + h] = seen.before.at[h];
     }
     if (!arrives_last(a.counters + here.tile, static_cast<unsigned>(a.parts))) return;
@@ -316,6 +318,7 @@ __global__ void __launch_bounds__(kLossThreads) row_losses(const LossForward<T> 
       alignas(kVectorBytes) ClassSums<A> part;
       load<4, Cache::kShared>(reinterpret_cast<const A*>(a.part_sums + of_row + p), reinterpret_cast<A*>(&part));
       seen.sums = join(seen.sums, part, Exp<A>());
+#pragma unroll
       for (int h = 0; h < 2; ++h) seen.before.at[h] += __ldcg(a.part_counts + 2 * (of_row + p) + h);
     }
     whole_row();
@@ -324,7 +327,7 @@ __global__ void __launch_bounds__(kLossThreads) row_losses(const LossForward<T> 
   alignas(kVectorBytes) Sums<A, 2> sum{};  // of the losses and masses of the rows
   if (live && group.rank == 0) {
     const auto& s = seen.sums;
-    const A total = s.top > -std::numeric_limits<A>::infinity() ? s.total : std::numeric_limits<A>::quiet_NaN();
+    const A total = s.top > -kInfinity<A> ? s.total : kNaN<A>;
     RowTarget<A> target = soft_target(a.o);
     if constexpr (Soft) {
       target.q = s.q;
@@ -339,7 +342,9 @@ __global__ void __launch_bounds__(kLossThreads) row_losses(const LossForward<T> 
     a.stats[index] = s.top;
     a.stats[a.R + index] = total;
     a.stats[2 * a.R + index] = target.q;
-    for (int h = 0; seen.ranking && h < (a.b.data ? 2 : 1); ++h) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (!seen.ranking || (h && !a.b.data)) continue;
       const bool counted = label[h] != a.o.ignore_index && seen.at_label[h] == seen.at_label[h];
       a.rank[h * a.R + index] = counted ? seen.before.at[h] : static_cast<int32_t>(a.C);
     }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "hd.h"
 
@@ -38,7 +37,7 @@ FT_HD V soft_coefficient(V t, V weight, const LossOptions<A>& o) {
 // Of some classes of a row: top = max z, and sums of exp(z - top), of q (z - top) and of q. What has q = 0 is left out.
 template <class A>
 struct ClassSums {
-  A top = -std::numeric_limits<A>::infinity(), total = 0, rest = 0, q = 0;
+  A top = -kInfinity<A>, total = 0, rest = 0, q = 0;
 };
 
 // A running maximum (Milakov and Gimelshein 2018, section 3) that survives parts without a finite logit.
@@ -50,7 +49,7 @@ FT_HD ClassSums<A> join(const ClassSums<A>& a, const ClassSums<A>& b, const Exp&
   auto add = [&](const ClassSums<A>& part) {
     const A fall = part.top - s.top;
     s.total += part.top == s.top ? part.total : part.total * exp(fall);
-    s.rest += part.q == A(0) || part.top == s.top || part.top == -std::numeric_limits<A>::infinity()
+    s.rest += part.q == A(0) || part.top == s.top || part.top == -kInfinity<A>
                   ? part.rest
                   : part.rest + part.q * fall;
   };
@@ -74,12 +73,12 @@ FT_HD void set_row_target(RowTarget<A>& t, int64_t a, int64_t b, A lam, const A*
                           const LossOptions<A>& o) {
   const bool kept_a = a != o.ignore_index, kept_b = b != o.ignore_index;
   const bool class_a = a >= 0 && a < classes, class_b = b >= 0 && b < classes;
-  const A nan = std::numeric_limits<A>::quiet_NaN(), other = A(1) - lam;
+  const A other = A(1) - lam;
   t.a = class_a ? a : 0;
   t.b = class_b ? b : 0;
   const A share_a = kept_a ? lam : A(0), share_b = kept_b ? other : A(0);
-  const A weight_a = !kept_a ? A(0) : !class_a ? nan : weight ? weight[t.a] : A(1);
-  const A weight_b = !kept_b ? A(0) : !class_b ? nan : weight ? weight[t.b] : A(1);
+  const A weight_a = !kept_a ? A(0) : !class_a ? kNaN<A> : weight ? weight[t.a] : A(1);
+  const A weight_b = !kept_b ? A(0) : !class_b ? kNaN<A> : weight ? weight[t.b] : A(1);
   const A mass_a = share_a * weight_a, mass_b = share_b * weight_b, share = share_a + share_b;
   t.at_a = o.on * mass_a;
   t.at_b = o.on * mass_b;

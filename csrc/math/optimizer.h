@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "hd.h"
 
@@ -57,10 +56,6 @@ template <class V, class A>
 FT_HD V lerp(V start, V end, A weight, A rest) {
   return weight < A(0.5) ? start + weight * (end - start) : end + rest * (start - end);
 }
-
-// A variable, because nvcc takes the function for one of the host.
-template <class A>
-inline constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
 // The same for squares, which may have overflowed: infinity stays infinity.
 template <class V, class A>
