@@ -275,7 +275,7 @@ struct Seen {
 
 // Blocks of rows, or of parts of them: losses, statistics, ranks, and the sums over all rows.
 template <class T, int Width, bool Plain, bool Soft>
-__global__ void __launch_bounds__(kLossThreads) row_losses(const LossForward<T> a) {
+__global__ void __launch_bounds__(kLossThreads, 1) row_losses(const LossForward<T> a) {
   using A = Acc<T>;
   static_assert(Width == kLanes<T>);
   const Part here(a);
@@ -380,7 +380,7 @@ struct LossBackward : LossArguments<T> {
 
 // dx = slope.softmax softmax - g q, times dz / dx. x and y may be one memory.
 template <class T, int Width, bool Plain, bool Soft>
-__global__ void __launch_bounds__(kLossThreads) row_gradients(const LossBackward<T> a) {
+__global__ void __launch_bounds__(kLossThreads, 1) row_gradients(const LossBackward<T> a) {
   using A = Acc<T>;
   static_assert(Width == kLanes<T>);
   const Part here(a);
