@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
       a.sums = static_cast<A*>(sums.mutable_data_ptr());
     }
     if (depends && given) a.means = static_cast<const A*>(given->const_data_ptr());
-    with_width<kLanes<T>>(width_of<T>(a.lines, {a.dy, a.x, a.residual, a.dx, a.dresidual}), [&]<int Width>() {
+    with_width<T>(width_of<T>(a.lines, {a.dy, a.x, a.residual, a.dx, a.dresidual}), [&]<int Width>() {
       auto run = [&]<bool Planes>() {
         const int64_t shared = shared_for<T, Planes>(threads);
         if (summing && writing && !later) {

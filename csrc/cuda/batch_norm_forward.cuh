@@ -249,7 +249,7 @@ Triple batch_forward(const BatchCall& call, const Measure& measure) {
     a.samples = shape.outer * shape.inner;
     const int64_t blocks = a.lines.chunks * (shape.planes() ? shape.channels : a.lines.strips);
     if (empty_input) return measure.template operator()<T, 1, false>(device, a, 0, threads);
-    with_width<kLanes<T>>(width_of<T>(a.lines, {a.x, a.residual, a.y}), [&]<int Width>() {
+    with_width<T>(width_of<T>(a.lines, {a.x, a.residual, a.y}), [&]<int Width>() {
       auto run = [&]<bool Planes>() {
         measure.template operator()<T, Width, Planes>(device, a, blocks, threads);
         if (call.need_y) device.launch(normalize_channels<T, Width, Planes>, blocks, threads, 0, a);

@@ -116,7 +116,7 @@ void run(const char* op, const Device& device, const Tensor& x, const Tensor& y,
     const auto kept = static_cast<uint32_t>(keep);
     const bool aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % kVectorBytes == 0;
     const int64_t row = last ? x.size(1) : group == 1 ? 0 : group;
-    with_width<kLanes<T>>(aligned && row % kLanes<T> == 0 ? kLanes<T> : 1, [&]<int Width>() {
+    with_width<T>(aligned && row % kLanes<T> == 0 ? kLanes<T> : 1, [&]<int Width>() {
       if constexpr (Width == 1 || Width == kLanes<T>) {
         if (last) {
           const int64_t batches = n / (row * group);

@@ -374,8 +374,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, 
       a.dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr;
       a.dbias = need_dbias ? dbias.mutable_data_ptr() : nullptr;
       a.parameter_dtype = parameter_dtype;
-      with_width<kLanes<T>>(access_width<T>(a.C, a.rows, {a.dx, a.x, a.dy}),
-                            [&]<int Width>() { launch_backward<Center, T, Width>(device, a, x); });
+      with_width<T>(access_width<T>(a.C, a.rows, {a.dx, a.x, a.dy}),
+                    [&]<int Width>() { launch_backward<Center, T, Width>(device, a, x); });
     });
     return true;
   };

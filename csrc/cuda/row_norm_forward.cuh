@@ -233,8 +233,8 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const Ma
       a.R = shape.rows;
       a.C = shape.columns;
       a.eps = static_cast<Acc<T>>(eps);
-      with_width<kLanes<T>>(access_width<T>(a.C, a.rows, {a.y, a.x}),
-                            [&]<int Width>() { launch_forward<Center, T, Width>(device, a, x); });
+      with_width<T>(access_width<T>(a.C, a.rows, {a.y, a.x}),
+                    [&]<int Width>() { launch_forward<Center, T, Width>(device, a, x); });
     });
     return true;
   };

@@ -162,13 +162,15 @@ __device__ __forceinline__ void store(const T* from, T* to) {
   }
 }
 
-// f.operator()<Width>() with the access width chosen at run time.
-template <int Most, class F>
+// f.operator()<Width>() for accesses of up to `width` elements: whole vectors; of 16-bit elements half a vector, which
+// is what planes of 14 x 14 allow; else one by one, which costs instructions but, coalesced, no bandwidth.
+template <class T, class F>
 void with_width(int width, const F& f) {
-  if constexpr (Most > 1) {
-    if (width < Most) return with_width<Most / 2>(width, f);
+  if (width == kLanes<T>) return f.template operator()<kLanes<T>>();
+  if constexpr (sizeof(T) == 2) {
+    if (width >= kLanes<T> / 2) return f.template operator()<kLanes<T> / 2>();
   }
-  f.template operator()<Most>();
+  f.template operator()<1>();
 }
 
 // How the columns of a row are dealt to `lanes` threads. An access is `Width` elements wide, where Width divides the
