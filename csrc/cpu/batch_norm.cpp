@@ -66,26 +66,34 @@ void track(const char* op, const A* stats, int64_t channels, int64_t samples, co
   });
 }
 
-// Small arrays of A, each as long as asked, in one allocation.
+// Small arrays of A, each as long as asked, in one allocation, or in none where they are short.
 template <class A>
 class Arrays {
  public:
-  Arrays(int64_t count, int64_t length, const Tensor& where)
-      : length_((length + 15) / 16 * 16),
-        owner_(empty({count * length_}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float, where)) {}
-  A* operator[](int64_t i) const { return static_cast<A*>(owner_.mutable_data_ptr()) + i * length_; }
+  Arrays(int64_t count, int64_t length, const Tensor& where) : length_((length + 15) / 16 * 16) {
+    if (count * length_ <= kShort) return;
+    owner_ = empty({count * length_}, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float, where);
+    data_ = static_cast<A*>(owner_->mutable_data_ptr());
+  }
+  Arrays(const Arrays&) = delete;
+  A* operator[](int64_t i) const { return data_ + i * length_; }
 
  private:
+  static constexpr int64_t kShort = 1024;
+  alignas(64) A short_[kShort];
+  A* data_ = short_;
   int64_t length_;
-  Tensor owner_;
+  MaybeTensor owner_;
 };
 
-// Repeat values per channel over the columns of a row.
-template <class A>
-void spread(const RowCut& cut, const Channels& s, A* values) {
-  const int64_t period = s.channels * s.inner;
-  for (int64_t c = s.channels; s.inner > 1 && c-- > 0;) std::fill_n(values + c * s.inner, s.inner, values[c]);
-  for (int64_t j = period; j < cut.width; ++j) values[j] = values[j - period];
+// Past the caches? Only whole, aligned registers can be: every run, `length` long, must begin on a boundary.
+template <class T>
+bool past_caches(const Channels& s, int64_t length, int64_t tensors, std::initializer_list<const T*> written) {
+  constexpr int64_t kRegister = kLanes<Acc<T>> * sizeof(T);
+  for (const T* p : written) {
+    if (reinterpret_cast<uintptr_t>(p) % kRegister != 0) return false;
+  }
+  return length * int64_t{sizeof(T)} % kRegister == 0 && worth_streaming(tensors * s.numel() * int64_t{sizeof(T)});
 }
 
 // ---- operands -------------------------------------------------------------------------------------------------------
@@ -132,6 +140,30 @@ struct Operands {
 // forwards, as prefetchers expect.
 constexpr int64_t kChunksBack = 16;
 
+// f(row)(j, lanes, constants) for all elements of all rows.
+template <class A, int N, class F>
+void walk_back(const RowCut& cut, const Arrays<A>& values, bool streaming, const F& f) {
+  parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
+    for (int64_t i = end; i > begin; i -= kChunksBack) {
+      over_rows(cut, cut.begin(std::max(begin, i - kChunksBack)), cut.end(i - 1),
+                [&](int64_t row, int64_t rows, int64_t columns) {
+                  over_strips<A>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
+                    constexpr int L = kLanes<A>;
+                    Constants<N, A> k[K];
+#pragma GCC unroll 4
+                    for (int n = 0; n < K; ++n) k[n] = of_columns<N, A>(values, j + n * L, lanes);
+                    for (int64_t r = row; r < row + rows; ++r) {
+                      const auto element = f(r);
+#pragma GCC unroll 4
+                      for (int n = 0; n < K; ++n) element(j + n * L, lanes, k[n]);
+                    }
+                  });
+                });
+    }
+    if (streaming) streamed();
+  });
+}
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T, class A = Acc<T>>
@@ -158,9 +190,9 @@ struct Forward {
   void planes(const Tensor& where) {
     const Planes cut(s);
     const Arrays<A> values(3, s.channels, where);
-    const auto parts = empty({s.channels * cut.chunks * 4},
-                             where.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float, where);
-    auto* sums = static_cast<ShiftedSums<A>*>(parts.mutable_data_ptr());
+    const Arrays<A> parts(4, s.channels * cut.chunks, where);
+    auto* sums = reinterpret_cast<ShiftedSums<A>*>(parts[0]);
+    const bool streaming = past_caches<T>(s, s.inner, residual.data ? 3 : 2, {y});
     auto measure_chunk = [&](int64_t c, int64_t i) {
       const auto at = cut.chunk(s, i);
       sums[c * cut.chunks + i] =
@@ -173,14 +205,16 @@ struct Forward {
     const int64_t row_bytes = (s.inner + 7) / 8;
     auto write_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i) {
       const auto at = cut.chunk(s, i);
-      const Parameters<Same<A>> p{{values[0], c}, {values[1], c}, {values[2], c}, {values[0], c}, {values[0], c}};
+      const auto k = of_channel<kShift + 1, A>(values, c);
       for (int64_t r = at.run; r < at.run + at.runs; ++r) {
         Run<T> run{};
         run.x = x.data + r * x.outer + c * x.channel + at.begin;
         run.y = y + (r * s.channels + c) * s.inner + at.begin;
         if (Add) run.residual = residual.data + r * residual.outer + c * residual.channel + at.begin;
         if (M == kMasked) run.bits = bits + (r * s.channels + c) * row_bytes + at.begin / 8;
-        forward_run<M, Add>(run, at.length, p, slope);
+        sweep<A, 4>(0, at.length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+          forward_step<M, Add>(run, j, lanes, k, slope, streaming);
+        });
       }
     };
     with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
@@ -189,6 +223,7 @@ struct Forward {
         // In the order of memory: a chunk is then the same group of images for every channel.
         parallel(s.channels * cut.chunks, s.samples() / cut.chunks, [&](int64_t begin, int64_t end) {
           for (int64_t k = begin; k < end; ++k) write_chunk.template operator()<M, Add>(k % s.channels, k / s.channels);
+          if (streaming) streamed();
         });
         return;
       }
@@ -200,6 +235,7 @@ struct Forward {
             finish(c);
             for (int64_t i = cut.chunks; written && i-- > 0;) write_chunk.template operator()<M, Add>(c, i);
           }
+          if (streaming) streamed();
         });
         return;
       }
@@ -211,6 +247,7 @@ struct Forward {
       if (!written) return;
       parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
         for (int64_t k = end; k-- > begin;) write_chunk.template operator()<M, Add>(k / cut.chunks, k % cut.chunks);
+        if (streaming) streamed();
       });
     });
   }
@@ -225,32 +262,24 @@ struct Forward {
           measure_columns(cut, i, x.data, x.outer, ColumnSums<A>(sums + i * 4 * cut.width, cut.width));
         }
       });
-      const int64_t groups = (s.channels + kMergedChannels - 1) / kMergedChannels;
-      parallel(groups, cut.chunks * 4 * kMergedChannels, [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) {
-          const int64_t first = g * kMergedChannels;
-          merge_columns(cut, s, sums, first, std::min(s.channels, first + kMergedChannels), out);
-        }
-      });
+      merge_columns(cut, s, sums, out);
     }
     for (int64_t c = 0; c < s.channels; ++c) derive(c, values[0], values[1], values[2]);
     for (int i = 0; i < 3; ++i) spread(cut, s, values[i]);
     if (!written) return;
-    const Column<A> none(values[0], 0);
-    const Parameters<Column<A>> p{none, {values[1], 0}, {values[2], 0}, none, none};
+    const bool streaming = past_caches<T>(s, cut.width, residual.data ? 3 : 2, {y});
+    auto run_at = [&](int64_t row) {
+      Run<T> run{};
+      run.x = x.data + row * x.outer;
+      run.y = y + row * cut.width;
+      if (residual.data) run.residual = residual.data + row * residual.outer;
+      if (bits) run.bits = bits + row * cut.width / 8;
+      return run;
+    };
     with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
-      parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
-        for (int64_t i = end; i > begin; i -= kChunksBack) {
-          const int64_t first = std::max(begin, i - kChunksBack);
-          for (int64_t row = cut.begin(first); row < cut.end(i - 1); ++row) {
-            Run<T> run{};
-            run.x = x.data + row * x.outer;
-            run.y = y + row * cut.width;
-            if (Add) run.residual = residual.data + row * residual.outer;
-            if (M == kMasked) run.bits = bits + row * cut.width / 8;
-            forward_run<M, Add>(run, row + 1 == cut.count ? cut.last : cut.width, p, slope);
-          }
-        }
+      walk_back<A, kShift + 1>(cut, values, streaming, [&](int64_t row) {
+        return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k)
+                   __attribute__((always_inline)) { forward_step<M, Add>(run, j, lanes, k, slope, streaming); };
       });
     });
   }
@@ -277,11 +306,11 @@ Triple forward(const char* op, const Tensor& x, const MaybeTensor& residual, con
   const int64_t bytes = s.mask_bytes(), mask_rows = s.rows() ? 1 : s.outer * channels;
   auto mask = need_mask ? empty({s.numel() ? mask_rows : 0, s.numel() ? bytes / mask_rows : 0}, ScalarType::Byte, x)
                         : empty({0}, ScalarType::Byte, x);
-  const auto nothing = empty({0}, x.scalar_type(), x);
+  auto result = [&] { return Triple{need_y ? y : empty({0}, x.scalar_type(), x), stats, mask}; };
   if (s.numel() == 0) {
     torch::stable::zero_(stats);
     if (!measured) fill(stats);
-    return {need_y ? y : nothing, stats, mask};
+    return result();
   }
   Operands operands(y, need_mask);
   const int at_x = operands.add(x, y), at_residual = residual && need_y ? operands.add(*residual, y) : -1;
@@ -309,7 +338,7 @@ Triple forward(const char* op, const Tensor& x, const MaybeTensor& residual, con
     if (at_residual >= 0) f.residual = operands.pointer<const T>(at_residual, run, s.rows());
     s.rows() ? f.rows(cut, stats) : f.planes(stats);
   });
-  return {need_y ? y : nothing, stats, mask};
+  return result();
 }
 
 Triple batch_norm_fwd(const Tensor& x, const MaybeTensor& residual, const MaybeTensor& weight, const MaybeTensor& bias,
@@ -357,45 +386,38 @@ struct Backward {
   T *dx, *dresidual;
   const uint8_t* bits;
   const A *weight, *bias, *stats;
-  const A* given;  // (2, C) means of g and g x^
-  A* sums;         // (2, C) sums of g and g x^ of this call
+  const A* given;     // (2, C) means of g and g x^
+  A *sum_g, *sum_gx;  // sums of g and g x^ of this call
   Mode mode;
   Slope<A> slope;
   bool training, summed;
 
   bool written() const { return dx || dresidual; }
 
-  // Everything a channel's loops need: mean, scale, shift, offset, slope, rstd, -rest rstd.
-  static constexpr int kValues = 7;
+  static constexpr int kValues = kDrift + 1;
   void derive(int64_t c, const Arrays<A>& v) const {
     const A rest = stats[s.channels + c], rstd = stats[2 * s.channels + c];
-    v[0][c] = stats[c];
-    v[1][c] = weight ? rstd * weight[c] : rstd;
-    v[2][c] = (bias ? bias[c] : A(0)) - rest * v[1][c];
-    v[5][c] = rstd;
-    v[6][c] = -rest * rstd;
+    v[kMean][c] = stats[c];
+    v[kScale][c] = weight ? rstd * weight[c] : rstd;
+    v[kShift][c] = (bias ? bias[c] : A(0)) - rest * v[kScale][c];
+    v[kRstd][c] = rstd;
+    v[kDrift][c] = -rest * rstd;
   }
-  void derive_means(int64_t c, const Arrays<A>& v, Wide<A> sum_g, Wide<A> sum_gx) const {
+  void derive_means(int64_t c, Wide<A> g, Wide<A> gx, A* offset, A* slope_of) const {
     const auto samples = static_cast<Wide<A>>(s.samples());
-    sums[c] = static_cast<A>(sum_g), sums[s.channels + c] = static_cast<A>(sum_gx);
-    const A mean_g = given ? given[c] : static_cast<A>(sum_g / samples);
-    const A mean_gx = given ? given[s.channels + c] : static_cast<A>(sum_gx / samples);
-    v[4][c] = v[5][c] * mean_gx;
-    v[3][c] = mean_g + v[6][c] * mean_gx;
+    const A rstd = stats[2 * s.channels + c], drift = -stats[s.channels + c] * rstd;
+    sum_g[c] = static_cast<A>(g), sum_gx[c] = static_cast<A>(gx);
+    const A mean_g = given ? given[c] : static_cast<A>(g / samples);
+    const A mean_gx = given ? given[s.channels + c] : static_cast<A>(gx / samples);
+    slope_of[c] = rstd * mean_gx;
+    offset[c] = mean_g + drift * mean_gx;
   }
-
-  template <class P>
-  Parameters<P> parameters(const Arrays<A>& v, int64_t c) const {
-    return {P(v[0], c), P(v[1], c), P(v[2], c), P(v[3], c), P(v[4], c)};
-  }
-  template <class P>
-  Normalizing<P> normalizing(const Arrays<A>& v, int64_t c) const {
-    return {P(v[0], c), P(v[5], c), P(v[6], c)};
-  }
+  int64_t tensors() const { return 2 + (dx != nullptr) + (dresidual != nullptr) + (residual.data != nullptr); }
 
   void planes(const Tensor& where) {
     const Planes cut(s);
     const Arrays<A> values(kValues, s.channels, where), parts(2, s.channels * cut.chunks, where);
+    const bool streaming = past_caches<T>(s, s.inner, tensors(), {dx, dresidual});
     const int64_t row_bytes = (s.inner + 7) / 8;
     auto run_at = [&](int64_t r, int64_t c, int64_t begin) {
       const int64_t at = (r * s.channels + c) * s.inner + begin;
@@ -411,33 +433,36 @@ struct Backward {
     int64_t outer[4] = {x.outer, dy.outer, residual.outer, 0};
     auto sum_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i) {
       const auto at = cut.chunk(s, i);
-      const auto found =
-          gradient_sums<M, Add>(run_at(at.run, c, at.begin), outer, s.channels * row_bytes, at.runs, at.length,
-                                parameters<Same<A>>(values, c), normalizing<Same<A>>(values, c), slope);
+      const auto found = gradient_sums<M, Add>(run_at(at.run, c, at.begin), outer, s.channels * row_bytes, at.runs,
+                                               at.length, of_channel<kValues, A>(values, c), slope);
       parts[0][c * cut.chunks + i] = found[0], parts[1][c * cut.chunks + i] = found[1];
     };
     auto finish = [&](int64_t c) {
-      Wide<A> sum_g = 0, sum_gx = 0;
-      for (int64_t i = c * cut.chunks; summed && i < (c + 1) * cut.chunks; ++i)
-        sum_g += parts[0][i], sum_gx += parts[1][i];
-      derive_means(c, values, sum_g, sum_gx);
+      Wide<A> g = 0, gx = 0;
+      for (int64_t i = c * cut.chunks; summed && i < (c + 1) * cut.chunks; ++i) g += parts[0][i], gx += parts[1][i];
+      derive_means(c, g, gx, values[kOffset], values[kSlope]);
     };
     auto write_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i) {
       const auto at = cut.chunk(s, i);
-      const auto p = parameters<Same<A>>(values, c);
+      const auto k = of_channel<kValues, A>(values, c);
       for (int64_t r = at.run; r < at.run + at.runs; ++r) {
-        backward_run<M, Add>(run_at(r, c, at.begin), at.length, p, slope, training);
+        const auto run = run_at(r, c, at.begin);
+        sweep<A, 2>(0, at.length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+          backward_step<M, Add>(run, j, lanes, k, slope, training, streaming);
+        });
       }
     };
     with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
       if (s.channels >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
         parallel(s.channels, s.samples(), [&](int64_t begin, int64_t end) {
-          for (int64_t c = begin; c < end; ++c) {
+          // The last channel first: of x, the forward read it last.
+          for (int64_t c = end; c-- > begin;) {
             derive(c, values);
             for (int64_t i = 0; summed && i < cut.chunks; ++i) sum_chunk.template operator()<M, Add>(c, i);
             finish(c);
             for (int64_t i = cut.chunks; written() && i-- > 0;) write_chunk.template operator()<M, Add>(c, i);
           }
+          if (streaming) streamed();
         });
         return;
       }
@@ -452,6 +477,7 @@ struct Backward {
       if (!written()) return;
       parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
         for (int64_t k = end; k-- > begin;) write_chunk.template operator()<M, Add>(k / cut.chunks, k % cut.chunks);
+        if (streaming) streamed();
       });
     });
   }
@@ -459,9 +485,7 @@ struct Backward {
   void rows(const RowCut& cut, const Tensor& where) {
     const Arrays<A> values(kValues, cut.width, where);
     for (int64_t c = 0; c < s.channels; ++c) derive(c, values);
-    for (int i : {0, 1, 2, 5, 6}) spread(cut, s, values[i]);
-    const auto n = normalizing<Column<A>>(values, 0);
-    auto p = parameters<Column<A>>(values, 0);
+    for (int i : {kMean, kScale, kShift, kRstd, kDrift}) spread(cut, s, values[i]);
     auto run_at = [&](int64_t row) {
       Run<T> run{};
       run.x = x.data + row * x.outer;
@@ -473,50 +497,31 @@ struct Backward {
       return run;
     };
     with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
-      const Arrays<A> parts(summed ? 2 * cut.chunks : 0, cut.width, where);
+      std::vector<Wide<A>> g(cut.width), gx(cut.width);
       if (summed) {
-        const int64_t strides[3] = {x.outer, dy.outer, residual.outer};
+        const Arrays<A> parts(2 * cut.chunks, cut.width, where);
         parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
-            std::fill_n(parts[2 * i], cut.width, A(0));
-            std::fill_n(parts[2 * i + 1], cut.width, A(0));
-            over_rows(cut, i, [&]<int Count>(int64_t row, int64_t columns) __attribute__((always_inline)) {
-              add_gradient_sums<Count, M, Add>(run_at(row), strides, cut.width / 8, columns, p, n, slope, parts[2 * i],
-                                               parts[2 * i + 1]);
-            });
+            column_gradient_sums<M, Add, T>(cut, i, run_at, values, slope, parts[2 * i], parts[2 * i + 1]);
           }
         });
+        auto merge = [&](std::vector<Wide<A>>& to, int64_t which) {
+          merge_chunks(cut, to.data(), [&](int64_t chunk) {
+            return [part = parts[2 * chunk + which]](int64_t j, Wide<A>) { return static_cast<Wide<A>>(part[j]); };
+          });
+          sum_columns(cut, s, to.data());
+        };
+        merge(g, 0);
+        merge(gx, 1);
       }
-      const int64_t groups = (s.channels + kMergedChannels - 1) / kMergedChannels;
-      // Values per channel first: the columns that these are spread over would overwrite what others still read.
-      const Arrays<A> single(kValues, s.channels, where);
-      parallel(groups, (summed ? cut.chunks : 1) * 2 * kMergedChannels, [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) {
-          Wide<A> sum_g[kMergedChannels] = {}, sum_gx[kMergedChannels] = {};
-          const int64_t first = g * kMergedChannels, last = std::min(s.channels, first + kMergedChannels);
-          if (summed) {
-            over_columns(cut, s, first, last, [&](int64_t c, int64_t j, int64_t chunk, int64_t) {
-              sum_g[c - first] += parts[2 * chunk][j], sum_gx[c - first] += parts[2 * chunk + 1][j];
-            });
-          }
-          for (int64_t c = first; c < last; ++c) {
-            derive(c, single);
-            derive_means(c, single, sum_g[c - first], sum_gx[c - first]);
-          }
-        }
-      });
+      for (int64_t c = 0; c < s.channels; ++c) derive_means(c, g[c], gx[c], values[kOffset], values[kSlope]);
       if (!written()) return;
-      for (int i : {3, 4}) {
-        std::copy_n(single[i], s.channels, values[i]);
-        spread(cut, s, values[i]);
-      }
-      parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
-        for (int64_t i = end; i > begin; i -= kChunksBack) {
-          const int64_t first = std::max(begin, i - kChunksBack);
-          for (int64_t row = cut.begin(first); row < cut.end(i - 1); ++row) {
-            backward_run<M, Add>(run_at(row), row + 1 == cut.count ? cut.last : cut.width, p, slope, training);
-          }
-        }
+      for (int i : {kOffset, kSlope}) spread(cut, s, values[i]);
+      const bool streaming = past_caches<T>(s, cut.width, tensors(), {dx, dresidual});
+      walk_back<A, kSlope + 1>(cut, values, streaming, [&](int64_t row) {
+        return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k) __attribute__((always_inline)) {
+          backward_step<M, Add>(run, j, lanes, k, slope, training, streaming);
+        };
       });
     });
   }
@@ -537,9 +542,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
                   ": the statistics must be those that the forward returned");
   STD_TORCH_CHECK(!given || (given->numel() == 2 * channels && given->is_contiguous() && given->scalar_type() == kind),
                   op, ": sums must be (2, C) in the dtype of the statistics");
-  const auto template_ = fusedtricks::empty_like(x);
   auto like_x = [&](bool need) { return need ? fusedtricks::empty_like(x) : empty({0}, x.scalar_type(), x); };
-  auto dx = need_dx ? template_ : like_x(false), dresidual = like_x(need_dresidual);
+  auto dx = like_x(need_dx), dresidual = like_x(need_dresidual);
+  const auto template_ = need_dx ? dx : need_dresidual ? dresidual : fusedtricks::empty_like(x);
   const auto kind_of_parameters = parameter_dtype(weight, stats);
   auto parameter = [&](bool need) { return empty({need ? channels : 0}, kind_of_parameters, x); };
   auto dweight = parameter(need_dweight), dbias = parameter(need_dbias);
@@ -559,9 +564,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
   const int64_t run = s.rows() ? cut.width : s.inner;
   const bool summed = need_dweight || need_dbias || (training && need_dx && !given);
   if (!summed && !need_dx && !need_dresidual) return {dx, dresidual, dweight, dbias};
-  const auto sums = empty({2, channels}, kind, x);
   dispatch(op, x.scalar_type(), [&]<class T>() {
     using A = Acc<T>;
+    const Arrays<A> sums(2, channels, x);
     std::optional<Parameter<A>> w, b;
     if (weight) w.emplace(op, weight, channels, A(1), x);
     if (bias) b.emplace(op, bias, channels, A(0), x);
@@ -577,7 +582,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
                   b ? b->data : nullptr,
                   static_cast<const A*>(stats.const_data_ptr()),
                   given ? static_cast<const A*>(given->const_data_ptr()) : nullptr,
-                  static_cast<A*>(sums.mutable_data_ptr()),
+                  sums[0],
+                  sums[1],
                   mode_of(activation, mask.has_value()),
                   Slope<A>(activation, slope),
                   training,
@@ -586,8 +592,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
     s.rows() ? f.rows(cut, stats) : f.planes(stats);
     dispatch(op, kind_of_parameters, [&]<class P>() {
       for (int64_t c = 0; c < channels; ++c) {
-        if (need_dbias) static_cast<P*>(dbias.mutable_data_ptr())[c] = rounded_to<P>(f.sums[c]);
-        if (need_dweight) static_cast<P*>(dweight.mutable_data_ptr())[c] = rounded_to<P>(f.sums[channels + c]);
+        if (need_dbias) static_cast<P*>(dbias.mutable_data_ptr())[c] = rounded_to<P>(f.sum_g[c]);
+        if (need_dweight) static_cast<P*>(dweight.mutable_data_ptr())[c] = rounded_to<P>(f.sum_gx[c]);
       }
     });
   });

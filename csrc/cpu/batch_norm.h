@@ -162,7 +162,9 @@ inline __attribute__((always_inline)) void reduce_runs(int64_t runs, int64_t len
 // Rows of `width` columns, a whole number of periods of channels x inner elements; the last row may be shorter.
 struct RowCut {
   static constexpr int64_t kMostRows = 128, kFewestChunks = 16, kWidest = 4096, kColumns = 64;
-  int64_t width, count, last, rows, chunks;  // rows per chunk
+  static constexpr int64_t kTogether = 16;      // rows whose terms are summed before they join the sums of a chunk
+  static constexpr int64_t kVisited = 1 << 14;  // elements walked by columns, which should stay in the caches
+  int64_t width, count, last, rows, chunks;     // rows per chunk
 
   RowCut(const Channels& s, bool dense, bool mask) {
     const int64_t period = s.channels * s.inner;
@@ -175,51 +177,62 @@ struct RowCut {
     chunks = (count + rows - 1) / rows;
   }
 
-  static constexpr int64_t kTogether = 8;  // rows that share one visit to the sums of a column
-
   int64_t begin(int64_t chunk) const { return chunk * rows; }
   int64_t end(int64_t chunk) const { return std::min(count, (chunk + 1) * rows); }
+  // Is the last row of a chunk the short one?
+  bool shorter(int64_t chunk) const { return end(chunk) == count && last < width; }
   // Samples of a column in a chunk.
   int64_t samples(int64_t chunk, int64_t column) const {
-    return end(chunk) - begin(chunk) - (end(chunk) == count && column >= last);
+    return end(chunk) - begin(chunk) - (shorter(chunk) && column >= last);
   }
-  int64_t channel(const Channels& s, int64_t column) const { return column / s.inner % s.channels; }
 };
 
-// f.operator()<Count>(row, columns) over the rows of a chunk, several at once; the short last row comes alone.
+// f(row, rows, columns) over rows first .. end - 1, some at a time; the short last row comes alone.
 template <class F>
-inline __attribute__((always_inline)) void over_rows(const RowCut& cut, int64_t chunk, F&& f) {
-  int64_t row = cut.begin(chunk);
-  const int64_t end = cut.end(chunk), full = end == cut.count && cut.last < cut.width ? end - 1 : end;
-  for (; row + RowCut::kTogether <= full; row += RowCut::kTogether) {
-    f.template operator()<RowCut::kTogether>(row, cut.width);
-  }
-  for (; row < full; ++row) f.template operator()<1>(row, cut.width);
-  if (row < end) f.template operator()<1>(row, cut.last);
+inline __attribute__((always_inline)) void over_rows(const RowCut& cut, int64_t first, int64_t end, F&& f) {
+  const int64_t full = end == cut.count && cut.last < cut.width ? end - 1 : end;
+  const int64_t some = std::max<int64_t>(RowCut::kVisited / cut.width / RowCut::kTogether, 1) * RowCut::kTogether;
+  for (int64_t row = first; row < full; row += some) f(row, std::min(some, full - row), cut.width);
+  if (full < end) f(full, int64_t{1}, cut.last);
 }
 
-// ---- a parameter inside a loop --------------------------------------------------------------------------------------
+// f.operator()<K>(j, lanes): K registers of neighbouring columns from j on. What belongs to the columns stays in
+// registers while a loop inside f goes over the rows.
+template <class A, class F>
+inline __attribute__((always_inline)) void over_strips(int64_t columns, F&& f) {
+  constexpr int L = kLanes<A>, K = kVecBytes == 64 ? 4 : 2;
+  int64_t j = 0;
+  for (; j + K * L <= columns; j += K * L) f.template operator()<K>(j, Full{});
+  for (; j + L <= columns; j += L) f.template operator()<1>(j, Full{});
+  if (j < columns) f.template operator()<1>(j, Tail{static_cast<int>(columns - j)});
+}
 
-// The same for a whole plane,
-template <class A>
-struct Same {
-  Vec<A> value;
-  Same(const A* values, int64_t channel) : value(broadcast(values[channel])) {}
-  template <class L>
-  Vec<A> at(int64_t, L) const {
-    return value;
-  }
+// ---- what belongs to a channel --------------------------------------------------------------------------------------
+
+// See ChannelForward and ChannelBackward; kDrift = -rest rstd, for x^ = (x - mean) rstd + drift.
+enum Value { kMean, kScale, kShift, kOffset, kSlope, kRstd, kDrift };
+
+// The first N of them in registers,
+template <int N, class A>
+struct Constants {
+  Vec<A> value[N];
+  Vec<A> operator[](int i) const { return value[i]; }
 };
-// or one value per column of a row.
-template <class A>
-struct Column {
-  const A* values;
-  Column(const A* values, int64_t) : values(values) {}
-  template <class L>
-  Vec<A> at(int64_t j, L lanes) const {
-    return load(values + j, lanes);
-  }
-};
+
+// of one channel,
+template <int N, class A, class V>
+inline __attribute__((always_inline)) Constants<N, A> of_channel(const V& values, int64_t c) {
+  Constants<N, A> k;
+  for (int i = 0; i < N; ++i) k.value[i] = broadcast(values[i][c]);
+  return k;
+}
+// or of one column of rows per lane.
+template <int N, class A, class V, class L>
+inline __attribute__((always_inline)) Constants<N, A> of_columns(const V& values, int64_t j, L lanes) {
+  Constants<N, A> k;
+  for (int i = 0; i < N; ++i) k.value[i] = load(values[i] + j, lanes);
+  return k;
+}
 
 // ---- activations ----------------------------------------------------------------------------------------------------
 
@@ -261,7 +274,7 @@ inline Vec<A> activate_backward(Vec<A> g, Vec<A> z, const Slope<A>& slope) {
   return g;
 }
 
-// ---- one run of elements --------------------------------------------------------------------------------------------
+// ---- one register of elements ---------------------------------------------------------------------------------------
 
 // Where a run begins in each tensor; what is absent is null. `bits` is the byte of its first element.
 template <class T>
@@ -271,52 +284,58 @@ struct Run {
   uint8_t* bits;
 };
 
-template <class P>
-struct Parameters {
-  P mean, scale, shift, offset, slope;  // see ChannelForward and ChannelBackward
-};
-
-template <Mode M, bool Add, class P, class T, class A = Acc<T>>
-inline void forward_run(const Run<T>& run, int64_t length, const Parameters<P>& p, const Slope<A>& slope) {
-  sweep<A, 4>(0, length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-    const ChannelForward<Vec<A>> normalize{p.mean.at(j, lanes), p.scale.at(j, lanes), p.shift.at(j, lanes)};
-    auto z = normalize(load(run.x + j, lanes));
-    if constexpr (Add) z += load(run.residual + j, lanes);
-    if constexpr (M == kMasked) store_bits<A>(run.bits, j, to_bits<A>(~(z <= Vec<A>{})), lanes);
-    store(run.y + j, activate<M, A>(z, slope), lanes);
-  });
+template <class T, class L>
+inline __attribute__((always_inline)) void put(T* p, Vec<Acc<T>> v, L lanes, bool past_caches) {
+  past_caches ? stream(p, v, lanes) : store(p, v, lanes);
 }
 
-// g = dy activation'(z) of one register; lanes beyond the tail are 0 in every mode, for dy is.
-template <Mode M, bool Add, class P, class T, class L, class A = Acc<T>>
-inline __attribute__((always_inline)) Vec<A> gradient(const Run<T>& run, int64_t j, L lanes, Vec<A> x,
-                                                      const Parameters<P>& p, const Slope<A>& slope) {
+template <Mode M, bool Add, class T, class L, class C, class A = Acc<T>>
+inline __attribute__((always_inline)) void forward_step(const Run<T>& run, int64_t j, L lanes, const C& c,
+                                                        const Slope<A>& slope, bool past_caches) {
+  const ChannelForward<Vec<A>> normalize{c[kMean], c[kScale], c[kShift]};
+  auto z = normalize(load(run.x + j, lanes));
+  if constexpr (Add) z += load(run.residual + j, lanes);
+  if constexpr (M == kMasked) store_bits<A>(run.bits, j, to_bits<A>(~(z <= Vec<A>{})), lanes);
+  put(run.y + j, activate<M, A>(z, slope), lanes, past_caches);
+}
+
+// g = dy activation'(z); lanes beyond the tail are 0 in every mode, for dy is.
+template <Mode M, bool Add, class T, class L, class C, class A = Acc<T>>
+inline __attribute__((always_inline)) Vec<A> gradient(const Run<T>& run, int64_t j, L lanes, Vec<A> x, const C& c,
+                                                      const Slope<A>& slope) {
   const auto g = load(run.dy + j, lanes);
   if constexpr (M == kPlain) return g;
   if constexpr (M == kMasked) return load_bits<A>(run.bits, j, lanes) ? g : slope(g);
-  const ChannelForward<Vec<A>> normalize{p.mean.at(j, lanes), p.scale.at(j, lanes), p.shift.at(j, lanes)};
+  const ChannelForward<Vec<A>> normalize{c[kMean], c[kScale], c[kShift]};
   auto z = normalize(x);
   if constexpr (Add) z += load(run.residual + j, lanes);
   return keep<A>(activate_backward<M, A>(g, z, slope), lanes);
 }
 
-template <Mode M, bool Add, class P, class T, class A = Acc<T>>
-inline void backward_run(const Run<T>& run, int64_t length, const Parameters<P>& p, const Slope<A>& slope,
-                         bool training) {
+// Adds g and g x^ to sums.
+template <Mode M, bool Add, class T, class L, class C, class A = Acc<T>>
+inline __attribute__((always_inline)) void sum_step(const Run<T>& run, int64_t j, L lanes, const C& c,
+                                                    const Slope<A>& slope, Vec<A>* sums) {
+  const auto x = load(run.x + j, lanes);
+  const auto g = gradient<M, Add>(run, j, lanes, x, c, slope);
+  sums[0] += g;
+  sums[1] += g * ((x - c[kMean]) * c[kRstd] + c[kDrift]);
+}
+
+template <Mode M, bool Add, class T, class L, class C, class A = Acc<T>>
+inline __attribute__((always_inline)) void backward_step(const Run<T>& run, int64_t j, L lanes, const C& c,
+                                                         const Slope<A>& slope, bool training, bool past_caches) {
   const bool read = M == kRectified || M == kWithSilu || M == kWithGelu || (training && run.dx);
-  sweep<A, 2>(0, length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-    const auto x = read ? load(run.x + j, lanes) : Vec<A>{};
-    const auto g = gradient<M, Add>(run, j, lanes, x, p, slope);
-    if (run.dresidual) store(run.dresidual + j, g, lanes);
-    if (!run.dx) return;
-    const auto scale = p.scale.at(j, lanes);
-    if (training) {
-      const ChannelBackward<Vec<A>> dx{p.mean.at(j, lanes), scale, p.offset.at(j, lanes), p.slope.at(j, lanes)};
-      store(run.dx + j, dx(g, x), lanes);
-    } else {
-      store(run.dx + j, scale * g, lanes);
-    }
-  });
+  const auto x = read ? load(run.x + j, lanes) : Vec<A>{};
+  const auto g = gradient<M, Add>(run, j, lanes, x, c, slope);
+  if (run.dresidual) put(run.dresidual + j, g, lanes, past_caches);
+  if (!run.dx) return;
+  if (training) {
+    const ChannelBackward<Vec<A>> dx{c[kMean], c[kScale], c[kOffset], c[kSlope]};
+    put(run.dx + j, dx(g, x), lanes, past_caches);
+  } else {
+    put(run.dx + j, c[kScale] * g, lanes, past_caches);
+  }
 }
 
 // run.operator()<M, Add>() for what a call asks for.

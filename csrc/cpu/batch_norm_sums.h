@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "batch_norm.h"
 #include "math/norm.h"
@@ -59,33 +60,52 @@ struct ColumnSums {
   ShiftedSums<A> operator[](int64_t j) const { return {shift[j], d[j], d2[j], unscale[j]}; }
 };
 
-template <class T, class A = Acc<T>>
+// Scaled: by 1 / unscale, which otherwise is 1.
+template <bool Scaled, class T, class A = Acc<T>>
 inline void column_moments(const RowCut& cut, int64_t chunk, const T* x, int64_t stride, const ColumnSums<A>& s) {
   std::fill_n(s.d, cut.width, A(0));
   std::fill_n(s.d2, cut.width, A(0));
-  over_rows(cut, chunk, [&]<int Count>(int64_t row, int64_t columns) __attribute__((always_inline)) {
-    const T* from = x + row * stride;
-    sweep<A, 1>(0, columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-      const auto shift = load(s.shift + j, lanes), scale = 1 / load(s.unscale + j, Full{});
-      Vec<A> sum{}, square{};
-#pragma GCC unroll 8
-      for (int i = 0; i < Count; ++i) {
-        const auto d = (load(from + i * stride + j, lanes) - shift) * scale;
-        sum += d;
-        square += d * d;
+  over_rows(cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t rows, int64_t columns) {
+    over_strips<A>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
+      constexpr int L = kLanes<A>;
+      Vec<A> shift[K], scale[K], sums[K], squares[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        shift[k] = load(s.shift + j + k * L, lanes);
+        if (Scaled) scale[k] = 1 / load(s.unscale + j + k * L, lanes);
+        sums[k] = load(s.d + j + k * L, lanes), squares[k] = load(s.d2 + j + k * L, lanes);
       }
-      store(s.d + j, load(s.d + j, lanes) + sum, lanes);
-      store(s.d2 + j, load(s.d2 + j, lanes) + square, lanes);
+      for (int64_t r = 0; r < rows;) {
+        Vec<A> sum[K] = {}, square[K] = {};
+        for (const int64_t end = std::min(rows, r + RowCut::kTogether); r < end; ++r) {
+          const T* from = x + (row + r) * stride + j;
+#pragma GCC unroll 4
+          for (int k = 0; k < K; ++k) {
+            auto d = load(from + k * L, lanes) - shift[k];
+            if (Scaled) d *= scale[k];
+            sum[k] += d;
+            square[k] += d * d;
+          }
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) sums[k] += sum[k], squares[k] += square[k];
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        store(s.d + j + k * L, sums[k], lanes);
+        store(s.d2 + j + k * L, squares[k], lanes);
+      }
     });
   });
 }
 
+inline constexpr int64_t kShifting = 8;  // rows whose mean is the shift
+
 template <class T, class A = Acc<T>>
 inline void measure_columns(const RowCut& cut, int64_t chunk, const T* x, int64_t stride, const ColumnSums<A>& s) {
-  const int64_t first = cut.begin(chunk), rows = std::min<int64_t>(RowCut::kTogether, cut.end(chunk) - first);
-  const bool shorter = cut.end(chunk) == cut.count && cut.last < cut.width;
+  const int64_t first = cut.begin(chunk), rows = std::min<int64_t>(kShifting, cut.end(chunk) - first);
   // The shift is the mean of the first rows; columns that only the short last row has, or no row, do with any.
-  const int64_t full = rows - (shorter && first + rows == cut.count);
+  const int64_t full = rows - (cut.shorter(chunk) && first + rows == cut.count);
   sweep<A, 1>(0, cut.width, [&](int64_t j, auto lanes, int) {
     Vec<A> sum{};
     for (int64_t i = 0; i < full; ++i) sum += load(x + (first + i) * stride + j, lanes);
@@ -98,7 +118,7 @@ inline void measure_columns(const RowCut& cut, int64_t chunk, const T* x, int64_
     store(s.shift + j, coarse(center, spread, kDigits<A>), lanes);
     store(s.unscale + j, broadcast(A(1)), lanes);
   });
-  column_moments(cut, chunk, x, stride, s);
+  column_moments<false>(cut, chunk, x, stride, s);
   // Registers of columns are looked at first, so that what is rare costs little.
   auto any = [&](auto&& wrong) {
     bool found = false;
@@ -112,7 +132,7 @@ inline void measure_columns(const RowCut& cut, int64_t chunk, const T* x, int64_
     for (int64_t j = 0; j < cut.width; ++j) {
       if (!(s.d2[j] <= std::numeric_limits<A>::max())) s.unscale[j] = 1 / kOverflowScale<A>;
     }
-    column_moments(cut, chunk, x, stride, s);
+    column_moments<true>(cut, chunk, x, stride, s);
   }
   const A most = static_cast<A>(cut.end(chunk) - first);
   if (any([&](Vec<A> d, Vec<A> d2) { return d * d > (A(0.5) * std::max<A>(most - 1, 1)) * d2; })) {
@@ -120,7 +140,7 @@ inline void measure_columns(const RowCut& cut, int64_t chunk, const T* x, int64_
       const A count = static_cast<A>(cut.samples(chunk, j));
       if (count > 0) s.shift[j] += s.d[j] / count * s.unscale[j];
     }
-    column_moments(cut, chunk, x, stride, s);
+    column_moments<true>(cut, chunk, x, stride, s);
   }
 }
 
@@ -154,88 +174,116 @@ inline void merge_planes(const Planes& cut, const Channels& s, const ShiftedSums
   out.finish(c, mean, square);
 }
 
-// f(c, j, chunk, samples) over all chunks of all columns that belong to channels first .. last - 1, in memory's order.
-template <class F>
-inline __attribute__((always_inline)) void over_columns(const RowCut& cut, const Channels& s, int64_t first,
-                                                        int64_t last, F&& f) {
-  for (int64_t start = 0; start < cut.width; start += s.channels * s.inner) {
+inline constexpr int64_t kMergedColumns = 16;  // merged together
+
+// to[j] = the sum over all chunks, in their order, of f(chunk)(j, samples of column j in it).
+template <class W, class F>
+inline void merge_chunks(const RowCut& cut, W* to, const F& f) {
+  const int64_t groups = (cut.width + kMergedColumns - 1) / kMergedColumns;
+  parallel(groups, cut.chunks * kMergedColumns, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kMergedColumns, last = std::min(cut.width, end * kMergedColumns);
+    std::fill(to + first, to + last, W(0));
     for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
+      const auto part = f(chunk);
       const int64_t samples = cut.end(chunk) - cut.begin(chunk);
-      const bool shorter = cut.end(chunk) == cut.count && cut.last < cut.width;
-      for (int64_t c = first; c < last; ++c) {
-        for (int64_t i = 0; i < s.inner; ++i) {
-          const int64_t j = start + c * s.inner + i;
-          f(c, j, chunk, samples - (shorter && j >= cut.last));
-        }
-      }
+      const int64_t fewer = cut.shorter(chunk) ? std::clamp(cut.last, first, last) : last;
+      const auto most = static_cast<W>(samples), rest = static_cast<W>(samples - 1);
+      for (int64_t j = first; j < fewer; ++j) to[j] += part(j, most);
+      for (int64_t j = fewer; j < last; ++j) to[j] += part(j, rest);
     }
+  });
+}
+
+// What the columns of a channel hold, added up and moved to values[c].
+template <class W>
+inline void sum_columns(const RowCut& cut, const Channels& s, W* values) {
+  for (int64_t c = 0; c < s.channels; ++c) {
+    W sum = 0;
+    for (int64_t j = c * s.inner; j < cut.width; j += s.channels * s.inner) {
+      for (int64_t i = 0; i < s.inner; ++i) sum += values[j + i];
+    }
+    values[c] = sum;  // of its own channel, or of one before
   }
 }
 
-inline constexpr int64_t kMergedChannels = 16;  // merged together
+// Repeat values per channel over the columns of a row.
+template <class W>
+inline void spread(const RowCut& cut, const Channels& s, W* values) {
+  const int64_t period = s.channels * s.inner;
+  for (int64_t c = s.channels; s.inner > 1 && c-- > 0;) std::fill_n(values + c * s.inner, s.inner, values[c]);
+  for (int64_t j = period; j < cut.width; ++j) values[j] = values[j - period];
+}
 
 template <class A>
-inline void merge_columns(const RowCut& cut, const Channels& s, A* parts, int64_t first, int64_t last,
-                          const Statistics<A>& out) {
-  Wide<A> sum[kMergedChannels] = {}, square[kMergedChannels] = {};
-  auto part = [&](int64_t j, int64_t chunk) { return ColumnSums<A>(parts + chunk * 4 * cut.width, cut.width)[j]; };
-  over_columns(cut, s, first, last, [&](int64_t c, int64_t j, int64_t chunk, int64_t samples) {
-    sum[c - first] += part_sum(part(j, chunk), static_cast<Wide<A>>(samples));
+inline void merge_columns(const RowCut& cut, const Channels& s, A* parts, const Statistics<A>& out) {
+  using W = Wide<A>;
+  std::vector<W> mean(cut.width), square(cut.width);
+  auto of_chunk = [&](int64_t chunk) { return ColumnSums<A>(parts + chunk * 4 * cut.width, cut.width); };
+  merge_chunks(cut, mean.data(), [&](int64_t chunk) {
+    return [sums = of_chunk(chunk)](int64_t j, W samples) { return part_sum(sums[j], samples); };
   });
-  for (int64_t c = 0; c < last - first; ++c) sum[c] /= static_cast<Wide<A>>(out.samples);
-  over_columns(cut, s, first, last, [&](int64_t c, int64_t j, int64_t chunk, int64_t samples) {
-    square[c - first] += part_square(part(j, chunk), static_cast<Wide<A>>(samples), sum[c - first]);
+  sum_columns(cut, s, mean.data());
+  for (int64_t c = 0; c < s.channels; ++c) mean[c] /= static_cast<W>(out.samples);
+  spread(cut, s, mean.data());
+  merge_chunks(cut, square.data(), [&](int64_t chunk) {
+    return [sums = of_chunk(chunk), center = mean.data()](int64_t j, W samples) {
+      return part_square(sums[j], samples, center[j]);
+    };
   });
-  for (int64_t c = first; c < last; ++c) out.finish(c, sum[c - first], square[c - first]);
+  sum_columns(cut, s, square.data());
+  parallel(s.channels, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) out.finish(c, mean[c * s.inner], square[c]);
+  });
 }
 
 // ---- sums of the backward -------------------------------------------------------------------------------------------
 
-// What x^ = (x - mean) rstd - rest rstd needs.
-template <class P>
-struct Normalizing {
-  P mean, rstd, shift;  // shift = -rest rstd
-};
-
-template <Mode M, bool Add, class P, class T, class A = Acc<T>>
+template <Mode M, bool Add, class T, class C, class A = Acc<T>>
 inline std::array<A, 2> gradient_sums(const Run<T>& first, int64_t outer[4], int64_t bits_stride, int64_t runs,
-                                      int64_t length, const Parameters<P>& p, const Normalizing<P>& n,
-                                      const Slope<A>& slope) {
+                                      int64_t length, const C& c, const Slope<A>& slope) {
   A sums[2];
   reduce_runs<A>(runs, length, sums, [&](int64_t r, int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
     Run<T> run = first;
     run.x += r * outer[0], run.dy += r * outer[1];
     if (Add) run.residual += r * outer[2];
     if (M == kMasked) run.bits += r * bits_stride;
-    const auto x = load(run.x + j, lanes);
-    const auto g = gradient<M, Add>(run, j, lanes, x, p, slope);
-    s[0] += g;
-    s[1] += g * ((x - n.mean.at(j, lanes)) * n.rstd.at(j, lanes) + n.shift.at(j, lanes));
+    sum_step<M, Add>(run, j, lanes, c, slope, s);
   });
   return {sums[0], sums[1]};
 }
 
-// The same per column of a chunk of rows, added to sum_g and sum_gx.
-template <int Count, Mode M, bool Add, class P, class T, class A = Acc<T>>
-inline void add_gradient_sums(const Run<T>& first, const int64_t strides[3], int64_t bits_stride, int64_t columns,
-                              const Parameters<P>& p, const Normalizing<P>& n, const Slope<A>& slope, A* sum_g,
-                              A* sum_gx) {
-  sweep<A, 1>(0, columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-    const auto mean = n.mean.at(j, lanes), rstd = n.rstd.at(j, lanes), shift = n.shift.at(j, lanes);
-    Vec<A> sum{}, product{};
-#pragma GCC unroll 8
-    for (int i = 0; i < Count; ++i) {
-      Run<T> run = first;
-      run.x += i * strides[0], run.dy += i * strides[1];
-      if (Add) run.residual += i * strides[2];
-      if (M == kMasked) run.bits += i * bits_stride;
-      const auto x = load(run.x + j, lanes);
-      const auto g = gradient<M, Add>(run, j, lanes, x, p, slope);
-      sum += g;
-      product += g * ((x - mean) * rstd + shift);
-    }
-    store(sum_g + j, load(sum_g + j, lanes) + sum, lanes);
-    store(sum_gx + j, load(sum_gx + j, lanes) + product, lanes);
+// The same per column of a chunk of rows; run_at(row) is where a row begins.
+template <Mode M, bool Add, class T, class V, class At, class A = Acc<T>>
+inline void column_gradient_sums(const RowCut& cut, int64_t chunk, const At& run_at, const V& values,
+                                 const Slope<A>& slope, A* sum_g, A* sum_gx) {
+  std::fill_n(sum_g, cut.width, A(0));
+  std::fill_n(sum_gx, cut.width, A(0));
+  over_rows(cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t rows, int64_t columns) {
+    over_strips<A>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
+      constexpr int L = kLanes<A>;
+      Constants<kDrift + 1, A> c[K];
+      Vec<A> sums[K][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        c[k] = of_columns<kDrift + 1, A>(values, j + k * L, lanes);
+        sums[k][0] = load(sum_g + j + k * L, lanes), sums[k][1] = load(sum_gx + j + k * L, lanes);
+      }
+      for (int64_t r = 0; r < rows;) {
+        Vec<A> sum[K][2] = {};
+        for (const int64_t end = std::min(rows, r + RowCut::kTogether); r < end; ++r) {
+          const Run<T> run = run_at(row + r);
+#pragma GCC unroll 4
+          for (int k = 0; k < K; ++k) sum_step<M, Add>(run, j + k * L, lanes, c[k], slope, sum[k]);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) sums[k][0] += sum[k][0], sums[k][1] += sum[k][1];
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        store(sum_g + j + k * L, sums[k][0], lanes);
+        store(sum_gx + j + k * L, sums[k][1], lanes);
+      }
+    });
   });
 }
 

@@ -198,18 +198,19 @@ def check(
     `alone`: is the batch all that its statistics are of, so that it must have two samples?
     """
     try:
-        shape = input.shape[1:2]
+        shape = input.shape
+        channels, device = shape[1:2], input.device
         fine = (
-            input.ndim >= 2
+            len(shape) >= 2
             and input.dtype in FLOATS
             and (eps > 0 or (eps == 0 and not training))
             and (running_mean is None) == (running_var is None)
             and (training or running_mean is not None)
-            and not (alone and training and count(input) == 1)
-            and all(
-                p is None or (p.shape == shape and p.device == input.device and p.dtype in FLOATS)
-                for p in (running_mean, running_var, weight, bias)
-            )
+            and not (alone and training and input.numel() == shape[1] and count(input) == 1)
+            and (running_mean is None or _belongs(running_mean, channels, device))
+            and (running_var is None or _belongs(running_var, channels, device))
+            and (weight is None or _belongs(weight, channels, device))
+            and (bias is None or _belongs(bias, channels, device))
         )
     except (AttributeError, TypeError):
         fine = False
@@ -217,6 +218,10 @@ def check(
         _explain(
             input, training, eps, alone, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
         )
+
+
+def _belongs(parameter: Tensor, shape: torch.Size, device: torch.device) -> bool:
+    return parameter.shape == shape and parameter.device == device and parameter.dtype in FLOATS
 
 
 def _explain(input: Tensor, training: bool, eps: float, alone: bool, **parameters: Tensor | None) -> None:

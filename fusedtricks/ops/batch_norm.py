@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming
+from fusedtricks._op import Op, differentiating, transforming, wants_grad
 from fusedtricks.ops import _batch_norm as bn
 from fusedtricks.ops._norm import accumulate_dtype, laid_out_like
 
@@ -145,7 +145,7 @@ def _(
 
 
 class _BatchNorm(torch.autograd.Function):
-    """y and, not differentiable, stats. The running statistics are not its business where torch.compile traces it."""
+    """y and, `apart`, the statistics, which are not differentiable: their caller updates the averages from them."""
 
     @staticmethod
     def forward(
@@ -160,7 +160,8 @@ class _BatchNorm(torch.autograd.Function):
         eps: float,
         activation: int,
         slope: float,
-    ) -> tuple[Tensor, Tensor]:
+        apart: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         need_mask = residual is not None and activation in bn.SIGNED
         y, stats, mask = _forward(
             x, residual, weight, bias, buffers, training, momentum, eps, activation, slope, need_mask
@@ -170,23 +171,25 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(
             x, residual if again else None, weight, bias if again else None, stats, mask if need_mask else None
         )
-        ctx.mark_non_differentiable(stats)
         ctx.training, ctx.eps, ctx.activation, ctx.slope = training, eps, activation, slope
+        if not apart:
+            return y
+        ctx.mark_non_differentiable(stats)
         return y, stats
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, weight, bias, stats, mask = ctx.saved_tensors
-        need_x, need_residual, *need_parameters = ctx.needs_input_grad[:4]
+        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         same = ctx.activation == bn.IDENTITY  # then dresidual is dy
         run = batch_norm_bwd
         if differentiating():
             run = batch_norm_bwd.implementation("reference")
             stats = bn.statistics(x, ctx.eps) if ctx.training else stats
-        need = (need_x, need_residual and not same, *need_parameters)
+        need = (need_x, need_residual and not same, need_weight, need_bias)
         grads = run(dy, x, residual, weight, bias, stats, mask, None, ctx.training, ctx.activation, ctx.slope, *need)
         dx, dresidual, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
-        return dx, dy if need_residual and same else dresidual, dweight, dbias, *(None,) * 6
+        return dx, dy if need_residual and same else dresidual, dweight, dbias, *(None,) * 7
 
 
 def _forward(
@@ -225,7 +228,7 @@ def _run(
 ) -> Tensor:
     """Everything behind the public functions and modules; `buffers` are running_mean, running_var, counter."""
     bn.check(input, *buffers[:2], weight, bias, training, eps)
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+    if weight is not None and bias is not None and weight.dtype is not bias.dtype:
         # Kernels write both gradients in one dtype; the casts' own backward rounds each to its parameter's.
         weight, bias = (p.to(accumulate_dtype(input.dtype)) for p in (weight, bias))
     if transforming():
@@ -238,8 +241,10 @@ def _run(
     apart = training and torch.compiler.is_compiling()
     given = NO_BUFFERS if apart else buffers
     args = (input, residual, weight, bias, given, training, momentum, eps, activation, slope)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, weight, bias)):
-        y, stats = _BatchNorm.apply(*args)
+    if wants_grad(input, weight, bias) or (residual is not None and wants_grad(residual, None)):
+        y = _BatchNorm.apply(*args, apart)
+        if apart:
+            y, stats = y
     else:
         y, stats, _ = _forward(*args, False)
     if apart:
