@@ -1,5 +1,6 @@
 // cross_entropy_fwd, cross_entropy_bwd and cross_entropy_bwd_ on CUDA devices: arguments, and what is launched.
-#include "cross_entropy.cuh"
+#include "cross_entropy_backward.cuh"
+#include "cross_entropy_forward.cuh"
 
 namespace fusedtricks::cuda {
 

@@ -49,9 +49,7 @@ FT_HD ClassSums<A> join(const ClassSums<A>& a, const ClassSums<A>& b, const Exp&
   auto add = [&](const ClassSums<A>& part) {
     const A fall = part.top - s.top;
     s.total += part.top == s.top ? part.total : part.total * exp(fall);
-    s.rest += part.q == A(0) || part.top == s.top || part.top == -kInfinity<A>
-                  ? part.rest
-                  : part.rest + part.q * fall;
+    s.rest += part.q == A(0) || part.top == s.top || part.top == -kInfinity<A> ? part.rest : part.rest + part.q * fall;
   };
   add(a);
   add(b);
