@@ -168,8 +168,9 @@ struct Pass {
 };
 
 constexpr int64_t kFewClasses = 24;
-// Results beyond this are streamed past the caches.
-constexpr int64_t kCacheBytes = 32 << 20;
+// Results beyond this are streamed past the caches. Rows that are not aligned to what one store writes must be longer,
+// lest heads and tails be too many.
+constexpr int64_t kCacheBytes = 32 << 20, kFewestStreamed = 256;
 
 template <class T, class P, bool Plain, bool Probabilities, class A = Acc<T>>
 void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& targets, const Pass<T>& pass) {
@@ -226,15 +227,15 @@ void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& 
         auto differentiate = [&]<bool Stream>(const auto& e) {
           row_gradient<Probabilities, Stream>(loss, x, t, target, slope, unit, e, dx);
         };
-        auto past_caches = [&](const auto& e) {
-          const bool aligned = reinterpret_cast<uintptr_t>(dx) % (kLanes<A> * sizeof(T)) == 0;
-          far && aligned && dx != x ? differentiate.template operator()<true>(e)
-                                    : differentiate.template operator()<false>(e);
+        const bool aligned = reinterpret_cast<uintptr_t>(dx) % (kLanes<A> * sizeof(T)) == 0;
+        const bool past_caches = far && dx != x && (aligned || C >= kFewestStreamed);
+        auto store_gradient = [&](const auto& e) {
+          past_caches ? differentiate.template operator()<true>(e) : differentiate.template operator()<false>(e);
         };
         if (kept) {
-          past_caches([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
+          store_gradient([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
         } else {
-          past_caches([&](int64_t j, auto lanes) { return exp<A>(loss.z(load(x + j, lanes)) - top); });
+          store_gradient([&](int64_t j, auto lanes) { return exp<A>(loss.z(load(x + j, lanes)) - top); });
         }
       }
     }

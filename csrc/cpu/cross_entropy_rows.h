@@ -107,7 +107,7 @@ inline void row_gradient(const Loss<T, P, Plain>& loss, const T* x, const P* t, 
     return value;
   };
   const A at_a = Probabilities ? A(0) : at(target.a), at_b = Probabilities ? A(0) : at(target.b);
-  sweep<A, 4>(0, loss.classes, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+  auto differentiate = [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
     Vec<A> value = k * e(j, lanes);
     if constexpr (Probabilities) {
       value -= slope.g * loss.q(load(t + j, lanes), loss.weights(j, lanes));
@@ -115,12 +115,15 @@ inline void row_gradient(const Loss<T, P, Plain>& loss, const T* x, const P* t, 
       value -= off * loss.weights(j, lanes);
     }
     if constexpr (!Plain) value *= loss.z.slope(load(x + j, lanes));
-    if constexpr (Stream) {
-      stream(dx + j, value, lanes);
-    } else {
-      store(dx + j, value, lanes);
-    }
-  });
+    store_or_stream<Stream>(dx + j, value, lanes);
+  };
+  int64_t head = 0;  // What is streamed is stored from where it is aligned.
+  if constexpr (Stream) {
+    constexpr int64_t kWidth = kLanes<A> * sizeof(T);
+    head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(dx) % kWidth / sizeof(T));
+    if (head > 0) differentiate(0, Tail{static_cast<int>(head)}, 0);
+  }
+  sweep<A, 4>(head, loss.classes, differentiate);
   if constexpr (!Probabilities) {
     dx[target.a] = rounded_to<T>(at_a);
     dx[target.b] = rounded_to<T>(at_b);
