@@ -1,7 +1,8 @@
 """Build of fusedtricks: the extension `fusedtricks._C` from the sources under csrc/, and `fusedtricks._plan` beside it.
 
 CUDA sources are built when nvcc is found; FUSEDTRICKS_CUDA=0 or 1 overrides (1 fails without nvcc). The targets are
-those of TORCH_CUDA_ARCH_LIST. Without a C++ compiler the package installs without the extension and says so.
+those of TORCH_CUDA_ARCH_LIST. FUSEDTRICKS_CPU="baseline avx2" leaves the other instruction sets out; the default is all
+that this machine's kind has. Without a C++ compiler the package installs without the extension and says so.
 """
 
 import os
@@ -32,6 +33,14 @@ if platform.machine() in ("x86_64", "AMD64"):
         *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mbmi2"],
         "-mprefer-vector-width=512",
     ]
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """{name: compiler flags} of those to build."""
+    wanted = (os.environ.get("FUSEDTRICKS_CPU") or " ".join(INSTRUCTION_SETS)).replace(",", " ").split()
+    if unknown := set(wanted) - set(INSTRUCTION_SETS):
+        raise SystemExit(f"fusedtricks: FUSEDTRICKS_CPU names {sorted(unknown)}; there are {list(INSTRUCTION_SETS)}")
+    return {name: flags for name, flags in INSTRUCTION_SETS.items() if name in wanted}
 
 
 def compiler() -> str | None:
@@ -116,7 +125,7 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
         lines.append(f"build {objects[-1]}: {rule} {escape(source)}\n  flags = {flags}")
 
     compile("cxx", CSRC / "module.cpp", "module", f"{' '.join(python)} {info}")
-    for isa, flags in INSTRUCTION_SETS.items():
+    for isa, flags in instruction_sets().items():
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             compile("cxx", source, f"{source.stem}.{isa}", " ".join([*flags, f"-DFT_ISA={isa}"]))
     if cuda:

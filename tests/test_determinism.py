@@ -1,4 +1,4 @@
-"""Bitwise the same from run to run, for any number of threads, and for any split of the batch."""
+"""Kernels give the same bits from run to run, for any number of threads, and for any split of the batch."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ RUNS = [
     for shape in case.large
     for name in ("fp32", "bf16")
     for target in targets(case)
-    if takes(target, DTYPES[name])
+    if takes(target, DTYPES[name]) and target.backend != "reference"
 ]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter runs programs one after another")
 
@@ -47,15 +47,15 @@ def results(case: Case, shape: str, dtype: str, target: Target, rows: slice = sl
 def test_runs_threads_and_batches(stem: str, shape: str, dtype: str, target: Target) -> None:
     case = CASES[stem]
     first = results(case, shape, dtype, target)
-    for _ in range(3):
+    for _ in range(2):
         for a, b in zip(first, results(case, shape, dtype, target), strict=True):
             assert_bitwise_equal(a, b, name="run to run")
-    if target.device == "cpu" and target.backend != "reference":
+    if target.device == "cpu":
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for a, b in zip(first, results(case, shape, dtype, target), strict=True):
                 assert_bitwise_equal(a, b, name=f"{threads} threads instead of 2")
-    if case.rowwise and target.backend != "reference":
+    if case.rowwise:
         cut = case.large[shape][0][0] // 3 + 1
         for rows in (slice(0, cut), slice(cut, None)):
             y = results(case, shape, dtype, target, rows)[0]
