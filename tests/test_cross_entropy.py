@@ -457,6 +457,19 @@ def test_rows_do_not_depend_on_their_neighbours(rows: int, classes: int) -> None
     assert_bitwise_equal(whole, one_by_one)
 
 
+@pytest.mark.parametrize("_backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 8500), (torch.bfloat16, 17000)], ids=["fp32", "bf16"])
+def test_large_gradients_are_those_of_their_parts(dtype: torch.dtype, rows: int) -> None:
+    """What is written past the caches, from rows of any alignment, is what is written through them."""
+    x = torch.randn(rows, 1013).to(dtype).requires_grad_()
+    y = torch.randint(1013, (rows,))
+    whole, *halves = (
+        torch.autograd.grad(cross_entropy(x[part], y[part], label_smoothing=0.1, reduction="sum"), x)[0]
+        for part in (slice(None), slice(rows // 2), slice(rows // 2, None))
+    )
+    assert_bitwise_equal(whole, halves[0] + halves[1])
+
+
 def test_strides_past_32_bits() -> None:
     memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # of which only the pages touched exist
     x, y = torch.randn(2, 40).bfloat16(), torch.tensor([3, 4])
