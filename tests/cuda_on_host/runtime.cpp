@@ -2,7 +2,8 @@
 //
 // What it finds: a thread that reads shared memory nobody wrote (it is NaN at the start of a block), results that
 // depend on the order in which threads run between two barriers, a barrier or warp exchange that not all threads reach,
-// misaligned accesses, and writes next to the launcher's own tensors or to the block's shared memory.
+// misaligned accesses, writes next to the launcher's own tensors or to the block's shared memory, and launches that are
+// not on torch's current stream and device.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <setjmp.h>
@@ -37,6 +38,9 @@ struct {
   int processors = 2, threads = 1024, shared = 227 << 10;
   int order = 0;  // 0: ascending, 1: descending, else the seed of a random one
 } device;
+
+char torch_stream;  // not the null stream, on which a launcher runs that does not ask
+int guards = 0;
 
 }  // namespace
 
@@ -318,6 +322,8 @@ void run(const void* kernel, dim3 grid, dim3 threads, size_t shared, const std::
   check_guards(name);
 }
 
+bool is_current(cudaStream_t stream) { return stream == &torch_stream && guards > 0; }
+
 }  // namespace cuda_on_host
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
@@ -332,14 +338,18 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
 #define FT_EXPORT extern "C" __attribute__((visibility("default")))
 
 FT_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
+  *stream = &torch_stream;
   return AOTI_TORCH_SUCCESS;
 }
 FT_EXPORT AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   *guard = nullptr;
+  ++guards;
   return AOTI_TORCH_SUCCESS;
 }
-FT_EXPORT AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+FT_EXPORT AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  --guards;
+  return AOTI_TORCH_SUCCESS;
+}
 
 FT_EXPORT AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
                                                   int32_t dtype, int32_t device_type, int32_t device_index,

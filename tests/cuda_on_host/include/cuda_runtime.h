@@ -123,7 +123,7 @@ inline float __uint_as_float(unsigned bits) {
 
 // ---- runtime --------------------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorInvalidResourceHandle };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxThreadsPerBlock,
@@ -131,6 +131,11 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
+
+namespace cuda_on_host {
+// Is it torch's stream, on a device that a guard made current?
+bool is_current(cudaStream_t stream);
+}  // namespace cuda_on_host
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -141,11 +146,14 @@ struct cudaLaunchConfig_t {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorInvalidValue ? "cudaErrorInvalidValue" : "cudaErrorInvalidConfiguration";
+  return error == cudaErrorInvalidValue            ? "cudaErrorInvalidValue"
+         : error == cudaErrorInvalidResourceHandle ? "cudaErrorInvalidResourceHandle"
+                                                   : "cudaErrorInvalidConfiguration";
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "refused by tests/cuda_on_host"; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_t stream) {
+  if (!cuda_on_host::is_current(stream)) return cudaErrorInvalidResourceHandle;
   std::memset(at, byte, bytes);
   return cudaSuccess;
 }
@@ -153,6 +161,7 @@ inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  if (!cuda_on_host::is_current(config->stream)) return cudaErrorInvalidResourceHandle;
   int threads, shared;
   cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerBlock, 0);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
