@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -136,9 +137,12 @@ const at::Tensor& unpack(py::handle object) {
 class Plan {
  public:
   // `live`: {key of a group: [(index into its value, or -1), column of `hyper`]}; `structural`: keys whose change asks
-  // for a new table. `hyper`: (groups, kHyper), float64, on the CPU.
-  Plan(py::list groups, py::dict state, const py::dict& live, const py::set& structural, py::handle hyper)
+  // for a new table. `hyper`: (groups, kHyper), float64, on the CPU. `remote`: a tensor, or None; values that are
+  // tensors on its device are not read, which would wait for the device, but left as NaN.
+  Plan(py::list groups, py::dict state, const py::dict& live, const py::set& structural, py::handle hyper,
+       py::handle remote)
       : groups_(std::move(groups)), state_(std::move(state)), hyper_(unpack(hyper)) {
+    if (!remote.is_none()) remote_ = unpack(remote);
     for (auto [key, columns] : live) {
       auto& list = live_[key.cast<std::string>()];
       for (auto entry : columns) {
@@ -255,8 +259,10 @@ class Plan {
         if (index >= 0) part = part[py::int_(index)];
         double number;
         if (THPVariable_Check(part.ptr())) {
-          mutable_[g] = true;
-          number = THPVariable_Unpack(part.ptr()).item<double>();
+          const at::Tensor& value = THPVariable_Unpack(part.ptr());
+          const bool there = remote_.defined() && value.device() == remote_.device();
+          if (!there) mutable_[g] = true;
+          number = there ? std::numeric_limits<double>::quiet_NaN() : value.item<double>();
         } else {
           number = PyFloat_AsDouble(part.ptr());
           if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
@@ -269,7 +275,7 @@ class Plan {
 
   py::list groups_;
   Snapshot state_;
-  at::Tensor hyper_, table_;
+  at::Tensor hyper_, table_, remote_;
   std::unordered_map<std::string, std::vector<std::pair<int, int>>> live_;
   std::unordered_set<std::string> structural_;
   std::vector<Snapshot> snapshots_;              // of the groups
@@ -295,7 +301,7 @@ PYBIND11_MODULE(_plan, m) {
   m.attr("POINTERS") = static_cast<int>(fusedtricks::kPointers);
   m.attr("HYPERS") = static_cast<int>(fusedtricks::kHypers);
   py::class_<Plan>(m, "Plan")
-      .def(py::init<py::list, py::dict, const py::dict&, const py::set&, py::handle>())
+      .def(py::init<py::list, py::dict, const py::dict&, const py::set&, py::handle, py::handle>())
       .def("watch", &Plan::watch)
       .def("versions", &Plan::versions)
       .def("check", &Plan::check)

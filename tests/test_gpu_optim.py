@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -201,3 +202,69 @@ def test_grad_scaler(backend: str) -> None:
                 b.step()
     for x, y in zip(results(a), results(b), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+@each_backend
+def test_on_the_stream_of_the_caller(backend: str) -> None:
+    """Trap 24: gradients that come late on a side stream; the step on that stream, another device current."""
+    kernel("sgd", backend)
+    params, side = parameters(), torch.cuda.Stream()
+    set_grads(params, 0)
+    before = [p.detach().clone() for p in params]
+    with fusedtricks.backend(backend):
+        optimizer = make("sgd", params, lr=0.02)
+        optimizer.step()  # the first may compile
+        with torch.no_grad():
+            for p, value in zip(params, before, strict=True):
+                p.copy_(value)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            for p in params:
+                p.grad.fill_(1.0)
+            last = torch.cuda.device_count() - 1
+            with torch.cuda.device(last) if last else contextlib.nullcontext():
+                optimizer.step()
+        side.synchronize()
+    for p, value in zip(params, before, strict=True):
+        assert_bitwise_equal(p.detach(), value - 0.02)
+
+
+@each_backend
+def test_more_elements_than_int32(backend: str) -> None:
+    """Trap 17, with 8.6 GB of bfloat16."""
+    kernel("sgd", backend)
+    count = 2**31 + 5
+    if torch.cuda.mem_get_info()[0] < 5 * count:
+        pytest.skip("needs 11 GB of free memory")
+    p = torch.nn.Parameter(torch.zeros(count, dtype=BF16, device=DEVICE))
+    small = torch.nn.Parameter(torch.zeros(7, dtype=BF16, device=DEVICE))
+    p.grad, small.grad = torch.ones_like(p), torch.ones_like(small)
+    with fusedtricks.backend(backend):
+        optim.SGD([p, small], lr=1.0).step()
+    for part in (p.detach()[:16], p.detach()[-16:], p.detach()[count // 2 :: 2**20], small.detach()):
+        assert (part == -1).all()
+
+
+@each_backend
+def test_a_tensor_lr_of_several_devices(backend: str) -> None:
+    """Trap 19: groups on a GPU, another device, and the GPU again in another dtype share one lr, which stays there."""
+    kernel("adamw", backend)
+    other = "cuda:1" if torch.cuda.device_count() > 1 else "cpu"
+    lr = torch.tensor(0.25, device=DEVICE)
+    kinds = ((DEVICE, FP32), (other, FP32), (DEVICE, BF16))
+    results = []
+    for value in (lr, 0.25):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(5).to(device, dtype)) for device, dtype in kinds]
+        optimizer = optim.AdamW([{"params": [p], "lr": value} for p in params], foreach=False)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            with fusedtricks.backend(backend):
+                optimizer.step()
+        results.append([p.detach().cpu() for p in params])
+        assert optimizer.param_groups[2]["lr"] is value
+    assert lr.device.type == DEVICE
+    for a, b in zip(*results, strict=True):
+        assert_bitwise_equal(a, b)

@@ -414,6 +414,38 @@ def test_found_inf_skips_everything(name: str, found: float) -> None:
     close(ps, twins)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["plan", "no plan"])
+@pytest.mark.parametrize("layout", ["plain", "every second"])
+@pytest.mark.parametrize("between", ["no gradient", "copied", "pickled", "torch's step"])
+def test_a_skipped_first_step_leaves_no_momentum(
+    between: str, layout: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step after it sets the buffer to the gradient, dampening or not, whatever comes between (trap 3)."""
+    if not native:
+        monkeypatch.setattr(_optimizer, "_plan", None)
+    view, _ = laid_out(torch.ones(4, dtype=torch.float64), layout)
+    p = torch.nn.Parameter(view)
+    p.data = view
+    o = optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5)
+    p.grad, o.found_inf = torch.full_like(p, torch.inf), torch.tensor(1.0)
+    o.step()
+    del o.found_inf
+    p.grad = None
+    if between == "no gradient":
+        o.step()
+    elif between == "torch's step":
+        o.param_groups[0]["fused"] = False
+    else:
+        o = copy.deepcopy(o) if between == "copied" else pickle.loads(pickle.dumps(o))
+        p = o.param_groups[0]["params"][0]
+    value = 1.0
+    for buffer in (1.0, 0.9 + 0.5):
+        p.grad = torch.ones_like(p)
+        o.step()
+        value -= 0.1 * buffer
+        torch.testing.assert_close(p.detach(), torch.full_like(p, value))
+
+
 @each_name
 @pytest.mark.parametrize("unscaled_by_user", [True, False])
 def test_grad_scaler(name: str, unscaled_by_user: bool) -> None:
@@ -766,7 +798,17 @@ TENSORS = st.lists(
 )
 
 
-def fuzz(name: str, tensors: Any, dtype: torch.dtype, groups: int, maximize: bool, clip: bool, seed: int) -> None:
+def fuzz(
+    name: str,
+    tensors: Any,
+    dtype: torch.dtype,
+    groups: int,
+    maximize: bool,
+    clip: bool,
+    ema: bool,
+    skipped: int,
+    seed: int,
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     ours, theirs, rooms = [], [], []
     for shape, layout, _, _ in tensors:
@@ -774,14 +816,16 @@ def fuzz(name: str, tensors: Any, dtype: torch.dtype, groups: int, maximize: boo
         p = torch.nn.Parameter(view)
         p.data = view
         ours.append(p)
-        theirs.append(torch.nn.Parameter(view.double()))
+        theirs.append(torch.nn.Parameter(view.double().clone()))
         rooms.append((view, room))
     split = lambda ps: [{"params": ps[g::groups], "lr": 0.01 * (g + 1)} for g in range(groups)]  # noqa: E731
     kwargs = {"maximize": maximize} | ({"state_dtype": torch.float32} if dtype == torch.bfloat16 else {})
     # Where decay cancels the gradient, a step is the sign of a rounding error, unless eps is above it.
     eps = {"eps": 1e-2} if dtype != torch.float64 and name != "SGD" else {}
-    a = make(name, split(ours), **kwargs, **eps, **({"max_grad_norm": 0.5} if clip else {}))
+    extra = ({"max_grad_norm": 0.5} if clip else {}) | ({"ema_decay": 0.75} if ema else {})
+    a = make(name, split(ours), **kwargs, **eps, **extra)
     b = make(name, split(theirs), theirs=True, maximize=maximize, **eps)
+    averages: dict[int, Tensor] = {}
     for step in range(4):
         for p, q, (shape, _, layout, present) in zip(ours, theirs, tensors, strict=True):
             grad, _ = laid_out(torch.randn(shape, generator=generator).to(dtype), layout)
@@ -792,11 +836,20 @@ def fuzz(name: str, tensors: Any, dtype: torch.dtype, groups: int, maximize: boo
             with torch.no_grad():
                 for p, q in zip(ours, theirs, strict=True):
                     q.copy_(p)
+        before = [q.detach().clone() for q in theirs]
+        a.found_inf = torch.tensor(float(2 * (step == skipped)))
         a.step()
-        b.step()
+        if step != skipped:
+            b.step()
+            for i, q in enumerate(theirs):
+                if q.grad is not None:
+                    averages[i] = averages.get(i, before[i]).lerp(q.detach(), 0.25)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4 if dtype == torch.float32 else 1e-7
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=tolerance, atol=tolerance)
+    near = {"rtol": tolerance, "atol": tolerance}
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(p.detach().double(), q.detach(), **near)
+        if ema and i in averages:
+            torch.testing.assert_close(a.state[p]["ema"].double(), averages[i], **near)
     assert all(canaries_unharmed(view, room) for view, room in rooms)
 
 
@@ -807,6 +860,8 @@ CASES = {
     "groups": st.integers(1, 3),
     "maximize": st.booleans(),
     "clip": st.booleans(),
+    "ema": st.booleans(),
+    "skipped": st.integers(0, 7),  # the step at which a scaler finds infinities, if it is one of the four
     "seed": st.integers(0, 2**20),
 }
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}

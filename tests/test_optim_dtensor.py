@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -38,7 +40,40 @@ def _worker(rank: int, world: int, path: str) -> None:
         assert isinstance(ours.state[p]["ema"], DTensor)
         moments = [v for k, v in ours.state[p].items() if k != "step" and v.dim()]
         assert all(isinstance(m, DTensor) and m.to_local().shape == p.to_local().shape for m in moments)
+    empty_on_one_process(rank, share)
     dist.destroy_process_group()
+
+
+def empty_on_one_process(rank: int, share: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Steps are counted alike where a process has no element of a parameter, or no parameter of a group (trap 9)."""
+    from fusedtricks import optim
+
+    def parameters() -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+        row = torch.nn.Parameter(share(torch.ones(1, 3)))  # its one row is the first process's
+        return [row], [] if rank else [torch.nn.Parameter(torch.ones(4))]
+
+    def steps(o: torch.optim.Optimizer, groups: Sequence[Sequence[torch.Tensor]], count: int) -> None:
+        for _ in range(count):
+            for p in (p for group in groups for p in group):
+                p.grad = torch.ones_like(p)
+            o.step()
+
+    groups = parameters()
+    o = optim.NAdam([{"params": g} for g in groups], lr=0.1)
+    steps(o, groups, 3)
+    again = parameters()
+    with torch.no_grad():
+        for p, q in zip((p for g in again for p in g), (p for g in groups for p in g), strict=True):
+            p.copy_(q)
+    other = optim.NAdam([{"params": g} for g in again], lr=0.1)
+    other.load_state_dict(copy.deepcopy(o.state_dict()))
+    steps(o, groups, 2)
+    steps(other, again, 2)
+    for optimizer in (o, other):
+        assert {s["step"].item() for s in optimizer.state.values()} == {5}
+        assert len({s["mu_product"].item() for s in optimizer.state.values()}) == 1
+    assert torch.equal(groups[0][0].full_tensor(), again[0][0].full_tensor())
+    assert (groups[0][0].full_tensor() < 1).all()
 
 
 def test_two_processes() -> None:

@@ -6,7 +6,8 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -159,6 +160,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget()
         self._versions = {}
         super().__setstate__(state)
+        self._fresh = dict.fromkeys(self.__dict__.pop("_unset_buffers", ()))
         self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,7 +168,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         unset = self._unset()
         if unset:  # a buffer whose first step was skipped is still to be set, not to be averaged with
             ids = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-            for p in unset:
+            for p in (p for p in unset if id(p) in ids):
                 kept = {k: v for k, v in packed["state"][ids[id(p)]].items() if k != self.rule.states[0]}
                 packed["state"][ids[id(p)]] = kept
         return packed
@@ -237,14 +239,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._plan = None
 
     def push_hyperparameters(self) -> None:
-        """Bring changes of lr, weight_decay, ... to captured CUDA graphs: call before replaying one."""
-        if self._plan is not None and not self._plan.check(self.param_groups, self.state) & STRUCTURE:
-            for shard in self._shards:
-                shard.upload_hypers()
-        elif self._shards:
+        """Bring changes of lr, weight_decay, ... to captured CUDA graphs: call before replaying one.
+
+        Values that are tensors on the GPU need no call: graphs read them at every replay.
+        """
+        stale = self._plan is None or self._plan.check(self.param_groups, self.state) & STRUCTURE
+        if stale and self._shards:
             self._read_hypers()
-            for shard in self._shards:
-                shard.upload_hypers()
+        self._find_live()
+        for shard in self._shards:
+            shard.upload_hypers()
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -253,6 +257,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         changes = STRUCTURE if plan is None else plan.check(self.param_groups, self.state)
         if changes & STRUCTURE:
             if self._by_torch():
+                self._drop(self._unset())
                 self._forget()
                 step = self.torch_class.step
                 while getattr(step, "hooked", False):  # our own step has run the hooks
@@ -264,6 +269,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._capture_checked:
             self._check_capture()
+        if changes & HYPERS:
+            self._find_live()
         norm = self._norm(grad_scale) if self._norm_apart else None
         for shard in self._shards:
             shard.run(self.rule.op, changes, grad_scale, found_inf, norm, self.max_grad_norm)
@@ -284,8 +291,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._aside: list[tuple[int, Row]] = []
         self._sparse: list[tuple[dict[str, Any], Tensor]] = []
         self._absent: list[Tensor] = []
-        self._fresh: dict[Tensor, tuple[Any, int]] = {}
+        # Parameters whose momentum buffer was made and is still to be set, and where it is told whether it has been.
+        self._fresh: dict[Tensor, tuple[Shard, int] | Row | None] = {}
         self._norm_apart = self._capture_checked = False
+        self._remote: Tensor | None = None
 
     def _by_torch(self) -> bool:
         return any(g.get("fused") is False or g.get("differentiable", False) for g in self.param_groups)
@@ -306,6 +315,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._hyper = hyper
         rows: dict[torch.device, list[tuple[int, int, Row, Tensor, Tensor | None]]] = {}
         seen: set[Tensor] = set()
+        aside: dict[Tensor, Row] = {}
         wrapped, stream = False, 0
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -316,6 +326,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if p.grad.layout != torch.strided:
                     self._refuse_sparse(group, p)
                     self._sparse.append((group, p))
+                    self._drop([p] if p in fresh else ())
                     continue
                 row = self._row(group, p, stream, fresh)
                 kind = None if p in seen else _kind(row)
@@ -323,6 +334,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 wrapped |= type(p) not in (Tensor, torch.nn.Parameter)
                 if kind is None:
                     self._aside.append((g, row))
+                    aside[p] = row
                     continue
                 source, row.grad = row.grad, _follow(row.grad, row.param)
                 rows.setdefault(p.device, []).append((kind, g, row, p, None if source is row.grad else source))
@@ -333,20 +345,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             len(self._shards) > 1 or self._aside or self._sparse or wrapped
         )
         self._outcome = self._shards[0].outcome if self._shards else torch.zeros(2)
-        self._fresh = {
-            p: (shard, i)
-            for shard in self._shards
-            for i, (p, r) in enumerate(zip(shard.params, shard.rows, strict=True))
-            if r.flags & _table.FIRST_MOMENTUM
-        }
+        self._remote = self._on_one_device()
+        self._fresh = {p: None for p in self._absent if p in fresh}
+        flagged = lambda row: row.flags & _table.FIRST_MOMENTUM  # noqa: E731
+        for shard in self._shards:
+            numbered = enumerate(zip(shard.params, shard.rows, strict=True))
+            self._fresh.update({p: (shard, i) for i, (p, row) in numbered if flagged(row)})
+        self._fresh.update({p: row for p, row in aside.items() if flagged(row)})
         self._plan = None
         if _plan is None or wrapped or self._sparse or self._aside or len(self._shards) > 1:
             self._read_hypers()
             return
-        columns = {
-            key: list(places) for key, places in (*self.rule.columns.items(), ("rounding_seed", ((-1, _table.SEED),)))
-        }
-        plan = _plan.Plan(self.param_groups, self.state, columns, set(SHAPING | self.rule.shape), hyper)
+        columns = {key: list(places) for key, places in self._columns()}
+        plan = _plan.Plan(self.param_groups, self.state, columns, set(SHAPING | self.rule.shape), hyper, self._remote)
         table, params, watched = torch.zeros(0, _table.COLUMNS, dtype=torch.int64), [], []
         for shard in self._shards:
             table, params, watched = shard.table, shard.params, shard.watched()
@@ -354,12 +365,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan.watch(params, states, watched, self._absent, table, bool(self.master_weights))
         self._plan = plan
 
+    def _columns(self) -> Iterator[tuple[str, Sequence[tuple[int, int]]]]:
+        yield from (*self.rule.columns.items(), ("rounding_seed", ((-1, _table.SEED),)))
+
+    def _values(self) -> Iterator[tuple[int, int, Any]]:
+        """(group, column, value) of every hyper-parameter."""
+        for g, group in enumerate(self.param_groups):
+            for key, places in self._columns():
+                for index, column in places if key in group else ():
+                    yield g, column, group[key] if index < 0 else group[key][index]
+
     def _read_hypers(self) -> None:
-        for row, group in zip(self._hyper, self.param_groups, strict=True):
-            for key, places in (*self.rule.columns.items(), ("rounding_seed", ((-1, _table.SEED),))):
-                for index, column in places:
-                    if key in group:
-                        row[column] = float(group[key] if index < 0 else group[key][index])
+        for g, column, value in self._values():
+            self._hyper[g, column] = math.nan if self._stays(value) else float(value)
+
+    def _on_one_device(self) -> Tensor | None:
+        """A tensor on the GPU where all is that is stepped; None if some is elsewhere."""
+        alone = len(self._shards) == 1 and self._shards[0].remote and not (self._aside or self._sparse)
+        return self._shards[0].progress if alone else None
+
+    def _stays(self, value: Any) -> bool:
+        """Is it read on the device, where it is, so that the host need not wait and captured graphs obey it?"""
+        return self._remote is not None and isinstance(value, Tensor) and value.device == self._remote.device
+
+    def _find_live(self) -> None:
+        if self._remote is not None:
+            self._shards[0].live = [entry for entry in self._values() if self._stays(entry[2])]
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -471,7 +502,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _unset(self) -> list[Tensor]:
         """Parameters whose momentum buffer no step has set yet, where it matters (SGD with dampening)."""
-        return [p for p, (shard, i) in self._fresh.items() if shard.progress[i] == 0]
+        return [p for p, place in self._fresh.items() if _taken(place) == 0]
+
+    def _drop(self, unset: Iterable[Tensor]) -> None:
+        """What torch's code takes for a parameter at its first step: one without a buffer."""
+        for p in unset:
+            self.state[p].pop(self.rule.states[0], None)
 
     # ---- besides the kernels -----------------------------------------------------------------------------------------
 
@@ -515,6 +551,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: {len(self._absent)} parameters have no gradient; a graph captured now would "
                 "never update them. Run a backward pass that reaches them, or leave them out of the optimizer."
             )
+
+
+def _taken(place: tuple[Shard, int] | Row | None) -> int:
+    """Steps taken since the row was made; None: it never had one."""
+    if place is None or isinstance(place, Row):
+        return 0 if place is None else place.taken
+    shard, i = place
+    return int(shard.progress[i])
 
 
 def _like(p: Tensor, dtype: torch.dtype) -> Tensor:

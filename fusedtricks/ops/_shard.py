@@ -47,12 +47,15 @@ class Shard:
         self.progress = torch.zeros(len(entries) + 1, dtype=torch.int64, device=device)
         self.outcome = torch.zeros(2, device=device)
         self.hyper = hyper
+        # (group, column, number on this device): read at every step, and by captured graphs at every replay.
+        self.live: list[tuple[int, int, Tensor]] = []
         self.remote = device.type != "cpu"
         if self.remote:
             self._on_device = torch.empty_like(self.table, device=device)
             self._hyper_on_device = torch.empty_like(hyper, device=device)
             # Captured graphs read these again at every replay, so they live as long as this does.
-            self._staged = [hyper.pin_memory()]
+            self._staged: list[Tensor] = []
+            self._staged_hyper: Tensor | None = None
 
     def watched(self) -> list[list[Tensor]]:
         """What else rows point to, and would not notice being moved."""
@@ -72,6 +75,7 @@ class Shard:
             if changes:
                 self._upload(changes)
             table, hyper = self._on_device, self._hyper_on_device
+        self._read_live()
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.device, non_blocking=True)
         if found_inf is not None:
@@ -95,8 +99,20 @@ class Shard:
 
     def upload_hypers(self) -> None:
         if self.remote:
-            self._staged[0].copy_(self.hyper)
-            self._hyper_on_device.copy_(self._staged[0], non_blocking=True)
+            if self._staged_hyper is not None:  # a graph holds a copy from here, which must bring what holds now
+                self._staged_hyper.copy_(self.hyper)
+            capturing = torch.cuda.is_current_stream_capturing()
+            if capturing and self._staged_hyper is None:
+                self._staged_hyper = self.hyper.pin_memory()
+            # Otherwise a fresh buffer, as above: a host that is ahead must not change steps that are still to come.
+            source = self._staged_hyper if capturing else self.hyper.pin_memory()
+            self._hyper_on_device.copy_(source, non_blocking=True)
+        self._read_live()
+
+    def _read_live(self) -> None:
+        hyper = self._hyper_on_device if self.remote else self.hyper
+        for group, column, value in self.live:
+            hyper[group, column].copy_(value)
 
 
 def _cells(row: Row, kind: int, group: int, start: int) -> list[int]:

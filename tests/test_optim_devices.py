@@ -1,0 +1,145 @@
+"""The optimizers on tensors that indices of 32 bits do not reach, and on several devices and dtypes at once."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedtricks import optim
+from fusedtricks.ops import _optimizer, _table
+
+ITEMS = 2**31 + 5
+
+
+class Repeated:
+    """A tensor of so many bfloat16 whose memory is 1 MiB, over and over; the last of it, from 2^31 on, is its own."""
+
+    SIZE = 2**20
+
+    def __init__(self, value: float):
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.mmap.restype = ctypes.c_void_p
+        self.libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        self.bytes = 2**32 + self.SIZE
+        self.base = self._map(None, self.bytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, -1)  # no reserve
+        file = os.memfd_create("repeated")
+        os.ftruncate(file, self.SIZE)
+        fixed, both = 0x10, mmap.PROT_READ | mmap.PROT_WRITE
+        for at in range(0, 2**32, self.SIZE):
+            self._map(self.base + at, self.SIZE, both, mmap.MAP_SHARED | fixed, file)
+        self._map(self.base + 2**32, self.SIZE, both, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed, -1)
+        os.close(file)
+        whole = torch.frombuffer((ctypes.c_char * self.bytes).from_address(self.base), dtype=torch.bfloat16)
+        self.tensor, self.end, self.beyond = whole[:ITEMS], whole[2**31 : ITEMS], whole[ITEMS : ITEMS + 100]
+        whole[: self.SIZE // 2] = value
+        self.end.fill_(value)
+
+    def _map(self, at: int | None, size: int, protection: int, flags: int, file: int) -> int:
+        place = self.libc.mmap(at, size, protection, flags, file, 0)
+        if place in (None, ctypes.c_void_p(-1).value):
+            pytest.skip(f"mmap: {os.strerror(ctypes.get_errno())}")
+        return place
+
+    def close(self) -> None:
+        self.libc.munmap(ctypes.c_void_p(self.base), ctypes.c_size_t(self.bytes))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="maps one piece of memory many times")
+def test_more_elements_than_int32() -> None:
+    """Trap 17. All of the parameter is stepped, elements past 2^31 once, and nothing behind them."""
+    weights, grads = Repeated(0.0), Repeated(1.0)
+    try:
+        small = torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))  # its place in the table is past 2^31 too
+        p = torch.nn.Parameter(weights.tensor)
+        p.data, p.grad, small.grad = weights.tensor, grads.tensor, torch.ones_like(small)
+        optim.SGD([p, small], lr=1.0).step()
+        assert (weights.end == -1).all()
+        assert (weights.beyond == 0).all()
+        assert (small == -1).all()
+        # Memory that is stepped over and over by several threads goes down, by how much none can say.
+        assert (weights.tensor[: Repeated.SIZE // 2] < 0).all()
+        del p
+    finally:
+        weights.close()
+        grads.close()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "SGD"])
+def test_a_tensor_lr_of_several_devices_and_dtypes(name: str) -> None:
+    """Trap 19: one lr of groups of one device, another, and again the first in another dtype; it stays where it is."""
+
+    def groups(lr: float | Tensor) -> list[dict[str, object]]:
+        torch.manual_seed(0)
+        kinds = [("cpu", torch.float32), ("meta", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float64)]
+        params = [torch.nn.Parameter(torch.randn(5, device=device, dtype=dtype)) for device, dtype in kinds]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        return [{"params": [p], "lr": lr} for p in params]
+
+    lr = torch.tensor(0.5, dtype=torch.float64)
+    options = {"foreach": False} | ({"momentum": 0.9} if name == "SGD" else {})
+    a, b = (getattr(optim, name)(groups(value), **options) for value in (lr, 0.5))
+    for value in (0.5, 0.25):
+        lr.fill_(value)
+        for group in b.param_groups:
+            group["lr"] = value
+        a.step()
+        b.step()
+    for mine, other in zip(a.param_groups, b.param_groups, strict=True):
+        assert mine["lr"] is lr
+        assert mine["params"][0].device == other["params"][0].device
+        if mine["params"][0].device.type == "cpu":
+            assert torch.equal(mine["params"][0], other["params"][0])
+    assert lr.device.type == "cpu"
+    assert lr.item() == 0.25
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["plan", "no plan"])
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "SGD", "RMSprop"])
+def test_numbers_that_are_read_on_the_device(name: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with the CPU in its place: nobody asks for the item of a tensor lr, weight decay or beta."""
+    if not native:
+        monkeypatch.setattr(_optimizer, "_plan", None)
+    elif _optimizer._plan is None:
+        pytest.skip("no compiled step plan in this build")
+    results = []
+    for live in (True, False):
+        torch.manual_seed(0)
+        number = torch.tensor if live else float
+        params = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        options = {"foreach": False} if live else {}
+        o = getattr(optim, name)([{"params": [p]} for p in params], lr=0.5, **options)
+        place = (lambda self: self._shards[0].progress) if live else (lambda self: None)
+        monkeypatch.setattr(_optimizer.FusedOptimizer, "_on_one_device", place)
+        o.param_groups[0]["lr"] = number(0.5)
+        if live:
+            shared = o.param_groups[0]["lr"]
+            monkeypatch.setattr(Tensor, "item", None)
+            monkeypatch.setattr(Tensor, "__float__", None)
+        for i in range(6):
+            if live and i in (1, 4):
+                shared.fill_(2.0**-i)
+            elif i in (1, 4):
+                o.param_groups[0]["lr"] = 2.0**-i
+            if i == 2:
+                o.param_groups[1]["weight_decay"] = number(0.25)
+            if i == 3:  # pushed to graphs at once, and another tensor in the place of one
+                o.param_groups[1]["weight_decay"] = number(0.125)
+                o.push_hyperparameters()
+                assert torch.equal(o._hyper[1, _table.WEIGHT_DECAY], torch.tensor(0.125, dtype=torch.float64))
+            if i == 5 and "betas" in o.param_groups[1]:
+                o.param_groups[1]["betas"] = (number(0.5), 0.75)
+            o.step()
+        monkeypatch.undo()
+        if not native:
+            monkeypatch.setattr(_optimizer, "_plan", None)
+        results.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
