@@ -229,6 +229,13 @@ OPTIMIZER_BUGS = {
     "found_inf is a count": OptimizerBug(
         _shard.Shard, "run", found_only_if_one, "test_optim::test_found_inf_skips_everything", ("AdamW", 2.0)
     ),
+    "a skipped first step forgotten": OptimizerBug(
+        _optimizer,
+        "_taken",
+        lambda _: lambda place: 1,
+        "test_optim::test_a_skipped_first_step_leaves_no_momentum",
+        ("no gradient", "plain", True),
+    ),
     "count in float32": OptimizerBug(
         _table, "update_row", row(counted_in_float32), "test_optim::test_steps_beyond_float32"
     ),
@@ -243,6 +250,7 @@ OPTIMIZER_BUGS = {
         "round_stochastically",
         lambda right: lambda weight, seed, stream: right(weight, 1, stream),
         "test_optim::test_stochastic_rounding_is_unbiased_and_repeats",
+        (20_000,),
     ),
     "small gradients scaled up to the norm": OptimizerBug(
         _table,
