@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-import torch
-
-import fusedtricks.optim
 from bench import Moved, _optimizer
 
-OPERATION = _optimizer.Optimizer(
-    stands_in_for="optim.Adagrad",
-    ours=lambda params: fusedtricks.optim.Adagrad(params, lr=1e-3),
-    torch=lambda params: torch.optim.Adagrad(params, fused=True, lr=1e-3),
-    states=1,
-)
+
+def _apex() -> Any:
+    from apex.optimizers import FusedAdagrad
+
+    return lambda params: FusedAdagrad(params, lr=1e-3)
+
+
+OPERATION = _optimizer.Optimizer("Adagrad", states=1, fused=True, peers={"apex": _apex})
 
 
 def traffic() -> Iterator[Moved]:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-import torch
-
-import fusedtricks.optim
 from bench import Moved, _optimizer
 
+
+def _apex() -> Any:
+    from apex.optimizers import FusedAdam
+
+    return lambda params: FusedAdam(params, lr=1e-3, weight_decay=0.01, adam_w_mode=True)
+
+
+def _optimi() -> Any:
+    from optimi import AdamW
+
+    return lambda params: AdamW(params, lr=1e-3, weight_decay=0.01)
+
+
 OPERATION = _optimizer.Optimizer(
-    stands_in_for="optim.AdamW",
-    ours=lambda params: fusedtricks.optim.AdamW(params, lr=1e-3),
-    torch=lambda params: torch.optim.AdamW(params, fused=True, lr=1e-3),
-    states=2,
+    "AdamW", states=2, fused=True, options={"weight_decay": 0.01}, peers={"apex": _apex, "optimi": _optimi}
 )
 
 

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-import fusedtricks.optim
 from bench import Moved, _optimizer
 
-OPERATION = _optimizer.Optimizer(
-    stands_in_for="optim.NAdam",
-    ours=lambda params: fusedtricks.optim.NAdam(params, lr=1e-3),
-    torch=lambda params: torch.optim.NAdam(params, foreach=True, lr=1e-3),
-    states=2,
-)
+OPERATION = _optimizer.Optimizer("NAdam", states=2, fused=False)
 
 
 def traffic() -> Iterator[Moved]:

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-import fusedtricks.optim
 from bench import Moved, _optimizer
 
-OPERATION = _optimizer.Optimizer(
-    stands_in_for="optim.RMSprop",
-    ours=lambda params: fusedtricks.optim.RMSprop(params, lr=1e-3),
-    torch=lambda params: torch.optim.RMSprop(params, foreach=True, lr=1e-3),
-    states=1,
-)
+OPERATION = _optimizer.Optimizer("RMSprop", states=1, fused=False)
 
 
 def traffic() -> Iterator[Moved]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-import torch
-
-import fusedtricks.optim
 from bench import Moved, _optimizer
 
-OPERATION = _optimizer.Optimizer(
-    stands_in_for="optim.SGD",
-    ours=lambda params: fusedtricks.optim.SGD(params, lr=1e-3, momentum=0.9),
-    torch=lambda params: torch.optim.SGD(params, fused=True, lr=1e-3, momentum=0.9),
-    states=1,
-)
+
+def _apex() -> Any:
+    from apex.optimizers import FusedSGD
+
+    return lambda params: FusedSGD(params, lr=1e-3, momentum=0.9)
+
+
+OPERATION = _optimizer.Optimizer("SGD", states=1, fused=True, options={"momentum": 0.9}, peers={"apex": _apex})
 
 
 def traffic() -> Iterator[Moved]:
