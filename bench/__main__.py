@@ -53,7 +53,7 @@ def main() -> None:
         return instructions.report(list(operations(args.operation)), args.quick)
 
     from bench import report, run
-    from bench.accuracy import errors
+    from bench.accuracy import errors, measure
 
     if args.report:
         return report.report()
@@ -74,7 +74,7 @@ def main() -> None:
                 for dtype in dtypes:
                     mine += errors(operation, dtype, device)
                     bar.advance(bar.task_ids[0])
-                report.show(f"{operation.stem}: largest error over largest element", *report.accuracy_columns(mine))
+                report.show(f"{operation.stem}: {measure(operation.stem)}", *report.accuracy_columns(mine))
                 wrong += mine
     else:
         if why := run.can_compile(device):

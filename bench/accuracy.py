@@ -20,7 +20,7 @@ LAYOUTS = ("plain", "offset by one", "row-sliced", "transposed")
 
 @dataclass(frozen=True)
 class Error:
-    """Largest error of one result over the largest element of the truth, by implementation; None: not finite."""
+    """Error of one result, by implementation; None: not finite. See `measure` for what it is relative to."""
 
     operation: str
     input: str
@@ -30,6 +30,10 @@ class Error:
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def measure(stem: str) -> str:
+    return "largest error over largest element" if stem in CASES else "relative errors"
 
 
 def _differentiate(case: Any, fn: Callable[..., Any], tensors: Values, shape: tuple, dy: Tensor | None) -> list[Tensor]:
@@ -58,8 +62,9 @@ def _peers(operation: Any) -> dict[str, Callable[..., Any]]:
 
 def errors(operation: Any, dtype: torch.dtype, device: str) -> list[Error]:
     """Every ordinary layout and every adversary of one operation in one dtype, result by result."""
-    case = CASES[operation.stem]
-    rows = []
+    if operation.stem not in CASES:  # no function of tensors: an optimizer, which says itself what it is off by
+        return operation.errors(dtype, device)
+    case, rows = CASES[operation.stem], []
     inputs = [(f"ordinary, {layout}", None, layout) for layout in LAYOUTS]
     inputs += [(name, a, "plain") for name, a in case.adversaries.items() if dtype in a.dtypes]
     for label, adversary, layout in inputs:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import ROOT, operations
-from bench.accuracy import Error
+from bench.accuracy import Error, measure
 from bench.gpu_check import revision
 from bench.run import Row
 from fusedtricks.__main__ import cpu_model, environment
@@ -267,7 +267,7 @@ def _device_page(folder: str, files: dict[str, dict[str, Any]]) -> str:
             parts.append(f"### {rows[0].operation}: throughput\n\n{markdown(*columns(rows))}")
         if content["accuracy"]:
             errors = [Error(**r) for r in content["accuracy"]]
-            title = f"### {errors[0].operation}: largest error over largest element"
+            title = f"### {errors[0].operation}: {measure(errors[0].operation)}"
             parts.append(f"{title}\n\n{markdown(*accuracy_columns(errors))}")
         source = f"[{name}](../bench/results/{folder}/{name})"
         parts.append(f"{source}: revision {content['revision']}, torch {env['torch']}, triton {env['triton']}.")

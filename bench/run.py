@@ -92,8 +92,11 @@ def contestants(operation: Any, mode: str, tensors: Tensors, device: str) -> Ite
     yield "torch", Contestant(operation.call(operation.torch, mode, tensors))
     if can_compile(device) is None:
         torch._dynamo.reset()
-        compiled = torch.compile(operation.torch, fullgraph=True, dynamic=False)
-        yield "compile", Contestant(operation.call(compiled, mode, tensors))
+        compiled = operation.compiled(mode, tensors)
+        if compiled is not None:
+            yield "compile", Contestant(compiled)
+    for name, fn in operation.others.items():
+        yield name, Contestant(operation.call(fn, mode, tensors))
     if device != "cpu":
         for name, load in operation.peers.items():
             if importlib.util.find_spec(name) is None:
@@ -109,7 +112,8 @@ def contestants(operation: Any, mode: str, tensors: Tensors, device: str) -> Ite
 
 def plan(operation: Any, quick: bool) -> list[tuple[torch.dtype, tuple[int, ...], str]]:
     sizes = operation.sizes[:QUICK_SIZES] if quick else operation.sizes
-    return [(dtype, size, mode) for dtype in operation.dtypes for mode in operation.modes for size in sizes]
+    rows = [(dtype, size, mode) for dtype in operation.dtypes for mode in operation.modes for size in sizes]
+    return [(dtype, size, mode) for dtype, size, mode in rows if operation.measures(mode, size, dtype)]
 
 
 def measure(operation: Any, mode: str, size: tuple[int, ...], dtype: torch.dtype, device: str, budget: float) -> Row:
