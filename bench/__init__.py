@@ -42,7 +42,6 @@ class Function:
     headline: Size
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     peers: dict[str, Callable[[], Callable[..., Tensor]]] = field(default_factory=dict)
-    others: dict[str, Callable[..., Tensor]] = field(default_factory=dict)  # torch's further ways, timed as well
     random: bool = False  # ours and torch's draw differently, so there is no truth to compare with before timing
     stem: str = ""
 
@@ -73,6 +72,10 @@ class Function:
     def compiled(self, mode: str, tensors: tuple[Tensor, ...]) -> Call | None:
         """The same of torch.compile, or None where that is not wanted."""
         return self.call(torch.compile(self.torch, fullgraph=True, dynamic=False), mode, tensors)
+
+    def further(self, mode: str) -> dict[str, Callable[..., Tensor]]:
+        """Who else is timed."""
+        return {}
 
     def measures(self, mode: str, size: Size, dtype: torch.dtype) -> bool:
         """Is this one of the rows?"""

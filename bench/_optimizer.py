@@ -82,11 +82,13 @@ class Optimizer:
     def torch(self, params: Sequence[Any], **more: Any) -> torch.optim.Optimizer:
         return self.torch_by(params, **{"fused" if self.fused else "foreach": True}, **more)
 
-    @property
-    def others(self) -> dict[str, Make]:
-        """torch's further ways to step."""
+    def further(self, mode: str) -> dict[str, Make]:
+        """torch's other ways to step; where every parameter has a group, ours with one for all."""
         ways = {"foreach": partial(self.torch_by, foreach=True)} if self.fused else {}
-        return {**ways, "for-loop": partial(self.torch_by, foreach=False)}
+        ways["for-loop"] = partial(self.torch_by, foreach=False)
+        if mode == MANY_GROUPS:
+            ways["one group"] = lambda groups: self.ours([p for group in groups for p in group["params"]])
+        return ways
 
     @property
     def floors(self) -> tuple[str, ...]:

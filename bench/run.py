@@ -95,7 +95,7 @@ def contestants(operation: Any, mode: str, tensors: Tensors, device: str) -> Ite
         compiled = operation.compiled(mode, tensors)
         if compiled is not None:
             yield "compile", Contestant(compiled)
-    for name, fn in operation.others.items():
+    for name, fn in operation.further(mode).items():
         yield name, Contestant(operation.call(fn, mode, tensors))
     if device != "cpu":
         for name, load in operation.peers.items():
