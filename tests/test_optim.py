@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optim_accuracy import BETAS2, STEPS, decay_error, median_error, one_update
 from torch import Tensor
+from torch.optim import optimizer
 
 import fusedtricks
 from fusedtricks import optim
@@ -492,6 +493,22 @@ def test_max_grad_norm(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex128], ids=str)
+def test_the_norm_beside_a_kernel_is_as_wide(dtype: torch.dtype) -> None:
+    """Where a parameter is a strided view, the norm is computed for all of them: in no fewer bits than there."""
+    params = [torch.nn.Parameter(torch.zeros(70, dtype=dtype)) for _ in range(2)]
+    params[1].data = torch.zeros(100, dtype=dtype)[::2]
+    for p in params:
+        p.grad = torch.randn(p.shape, dtype=torch.complex64 if dtype.is_complex else torch.float32).to(dtype)
+    truth = torch.cat([p.grad.to(torch.complex128).view(-1) for p in params]).norm()
+    o = optim.SGD(params, lr=1.0, max_grad_norm=0.5)
+    o.step()
+    torch.testing.assert_close(o.grad_norm.double(), truth, rtol=1e-6, atol=0)
+    clipped = params[0].grad * (0.5 / (truth + 1e-6)).item()
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-14
+    torch.testing.assert_close(params[0].detach(), -clipped, rtol=rounding, atol=0)
+
+
 # ---- averages, masters, rounding (traps 10 to 15) --------------------------------------------------------------------
 
 
@@ -771,6 +788,36 @@ def test_closure() -> None:
 
     assert o.step(closure).item() == 2.0
     assert (p < 1).all()
+
+
+def test_hooks_and_profilers_see_the_step() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones_like(p)
+    o = optim.SGD([p], lr=1.0)
+    seen: list[str] = []
+    o.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        o.step()
+    assert "Optimizer.step#SGD.step" in [event.key for event in trace.key_averages()]
+    hooks = {
+        "any before": optimizer.register_optimizer_step_pre_hook,
+        "before": o.register_step_pre_hook,
+        "after": o.register_step_post_hook,
+        "any after": optimizer.register_optimizer_step_post_hook,
+    }
+    handles = [register(lambda *_, name=name: seen.append(name)) for name, register in hooks.items()]
+    o.step()
+    assert seen == list(hooks)
+    for handle in handles:
+        handle.remove()
+    for name, register in hooks.items():  # each alone is enough
+        seen.clear()
+        handle = register(lambda *_, name=name: seen.append(name))
+        o.step()
+        handle.remove()
+        o.step()
+        assert seen == [name]
+    assert (p == 1 - 11).all()
 
 
 def test_under_compile() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
 from fusedtricks.ops import _table
@@ -132,6 +134,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
 
     # ---- torch's protocol --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What torch wraps around `step`: hooks and a record for profilers, where there are any; else they would take
+        as long as the step of a small model."""
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def wrapper(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            everywhere = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
+            if hooks or everywhere or torch.autograd._profiler_enabled() or torch.compiler.is_compiling():
+                return hooked(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return wrapper
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step; `closure` re-evaluates the model and returns the loss, which is then returned."""
@@ -518,12 +536,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _norm(self, grad_scale: Tensor | None) -> Tensor:
         """Norm of all unscaled gradients, where they are not all in one table."""
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
+        if any(hasattr(g, "full_tensor") for g in grads):
+            norm = torch.nn.utils.get_total_norm(grads)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        else:
+            real = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
+            norms = [torch.linalg.vector_norm(g, dtype=_table.accumulate_dtype(g.dtype)) for g in real]
+            norms = [n.to(self._outcome.device) for n in norms]
+            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         if grad_scale is not None:
             norm = norm / grad_scale.to(norm.device)
-        norm = norm.float()
         self._outcome[0] = norm.to(self._outcome.device)
         return norm
 
