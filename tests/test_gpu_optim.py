@@ -20,6 +20,7 @@ DEVICE = "cuda"
 TILE = 8192
 # The GPU contracts multiplications and additions, and its pow differs from the CPU's in its last bits.
 ULPS = 8
+CAPTURABLE = {"adamw", "nadam", "rmsprop"}  # torch's classes that have the flag ask for it
 CLASSES = {"adamw": "AdamW", "nadam": "NAdam", "sgd": "SGD", "rmsprop": "RMSprop", "adagrad": "Adagrad"}
 MANY = [*every_kind(45), *ALIGNMENTS, Entry(0), Entry(3 * TILE + 5, offset=1), Entry(TILE, BF16, stochastic=True)]
 
@@ -87,6 +88,10 @@ def make(stem: str, params: Sequence[torch.nn.Parameter], **options: Any) -> opt
     return getattr(optim, CLASSES[stem])([{"params": params[:half]}, {"params": params[half:], "lr": 0.02}], **options)
 
 
+def capturable(stem: str) -> dict[str, bool]:
+    return {"capturable": True} if stem in CAPTURABLE else {}
+
+
 def results(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     params = [p for g in optimizer.param_groups for p in g["params"]]
     states = [t for p in params for t in optimizer.state[p].values() if isinstance(t, Tensor)]
@@ -100,7 +105,8 @@ def test_graphs_obey_changed_hyperparameters(stem: str, backend: str) -> None:
     kernel(stem, backend)
     ours, theirs = parameters(), parameters()
     with fusedtricks.backend(backend):
-        captured, eager = (make(stem, p, lr=0.01, max_grad_norm=1.0, ema_decay=0.9) for p in (ours, theirs))
+        options = {"max_grad_norm": 1.0, "ema_decay": 0.9, **capturable(stem)}
+        captured, eager = (make(stem, p, lr=0.01, **options) for p in (ours, theirs))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -127,9 +133,73 @@ def test_graphs_obey_changed_hyperparameters(stem: str, backend: str) -> None:
         assert_bitwise_equal(a, b)
 
 
+@each_backend
+@pytest.mark.parametrize("stem", ["adamw", "nadam", "sgd"])
+def test_graphs_read_a_tensor_lr(stem: str, backend: str) -> None:
+    """On the GPU, where the kernel reads it: no push before a replay, no wait before a step."""
+    kernel(stem, backend)
+    ours, theirs = parameters(), parameters()
+    lr = torch.tensor(0.01, device=DEVICE)
+    with fusedtricks.backend(backend):
+        captured = getattr(optim, CLASSES[stem])(ours, lr=lr, foreach=False, **capturable(stem))
+        eager = getattr(optim, CLASSES[stem])(theirs, lr=0.01)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for i in range(3):
+                set_grads(ours, i)
+                set_grads(theirs, i)
+                captured.step()
+                eager.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.step()
+        torch.cuda.synchronize()
+        for i in range(5):
+            set_grads(ours, 10 + i)
+            set_grads(theirs, 10 + i)
+            lr.fill_(2.0**-i)
+            eager.param_groups[0]["lr"] = 2.0**-i
+            graph.replay()
+            eager.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            captured.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        eager.step()
+    # Before the loop the rates were 0.01 and what float32 makes of it.
+    for a, b in zip(results(captured), results(eager), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@each_stem
+@each_backend
+def test_graphs_late_pushes_change_no_earlier_step(stem: str, backend: str) -> None:
+    """A host that runs ahead brings every step the rate it had then."""
+    kernel(stem, backend)
+    ours, theirs = parameters(), parameters()
+    with fusedtricks.backend(backend):
+        a, b = (make(stem, p, lr=0.01) for p in (ours, theirs))
+        for optimizer, params in ((a, ours), (b, theirs)):
+            set_grads(params, 0)
+            optimizer.step()
+            torch.cuda.synchronize()
+            for i in range(6):
+                if optimizer is a:
+                    torch.cuda._sleep(20_000_000)
+                else:
+                    torch.cuda.synchronize()
+                optimizer.param_groups[0]["lr"] = 2.0**-i
+                optimizer.step()
+    for x, y in zip(results(a), results(b), strict=True):
+        assert_bitwise_equal(x, y)
+
+
 def test_graphs_refuse_parameters_without_gradients() -> None:
     params = parameters()
-    optimizer = make("adamw", params, lr=0.01)
+    optimizer = make("adamw", params, lr=0.01, capturable=True)
     set_grads(params, 0)
     optimizer.step()
     params[0].grad = None

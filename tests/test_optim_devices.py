@@ -143,3 +143,22 @@ def test_numbers_that_are_read_on_the_device(name: str, native: bool, monkeypatc
             monkeypatch.setattr(_optimizer, "_plan", None)
         results.append([p.detach() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "Adam", "AdamW", "NAdam", "RMSprop", "SGD"])
+def test_what_a_capture_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check before a step on a GPU, with and without a capture."""
+    p = torch.nn.Parameter(torch.ones(2))
+    has_flag = name not in ("Adagrad", "SGD")
+    o = getattr(optim, name)([p], lr=0.1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    o._check_capture()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    if has_flag:
+        with pytest.raises(RuntimeError, match=f"CUDA graph capture .* instance of {name} but .* capturable is False"):
+            o._check_capture()
+        o.param_groups[0]["capturable"] = True
+    o._check_capture()
+    o.step()
+    with pytest.raises(RuntimeError, match=f"{name}: 1 parameters have no gradient"):
+        o._check_capture()

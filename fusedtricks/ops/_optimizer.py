@@ -567,11 +567,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._sparse_step(group, p)
 
     def _check_capture(self) -> None:
-        self._accelerator_graph_capture_health_check()
-        if torch.cuda.is_current_stream_capturing() and self._absent:
+        if not torch.cuda.is_current_stream_capturing():
+            return
+        name = type(self).__name__
+        if not all(group.get("capturable", True) for group in self.param_groups):  # as torch, where it has the flag
             raise RuntimeError(
-                f"{type(self).__name__}: {len(self._absent)} parameters have no gradient; a graph captured now would "
-                "never update them. Run a backward pass that reaches them, or leave them out of the optimizer."
+                f"Attempting CUDA graph capture of step() for an instance of {name} but param_groups' capturable is "
+                "False."
+            )
+        if self._absent:
+            raise RuntimeError(
+                f"{name}: {len(self._absent)} parameters have no gradient; a graph captured now would never update "
+                "them. Run a backward pass that reaches them, or leave them out of the optimizer."
             )
 
 
