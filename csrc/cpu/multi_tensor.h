@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "../math/optimizer.h"
@@ -270,14 +271,15 @@ inline double item(const MaybeTensor& t, double otherwise) {
                                                 : *static_cast<const float*>(t->const_data_ptr());
 }
 
-// The scalars of a rule, prepared again only where a row's group or history differs from the row's before.
+// The scalars of a rule, prepared again only where the numbers of a row's group or its history differ from the row's
+// before: powers cost more than a small tensor.
 template <class Rule, class A>
 class Prepared {
  public:
   const typename Rule::template Scalars<A>& at(const int64_t* row, const int64_t* progress, const double* h, double t) {
     const double factor = row[kFactor] ? read_scalar(row, kFactor) : 1;
     const bool first = (row[kFlags] & kFirstMomentum) && *progress == 0;
-    if (h != h_ || t != t_ || factor != before_ || first != first_) {
+    if (!same(h) || t != t_ || factor != before_ || first != first_) {
       h_ = h, t_ = t, before_ = after_ = factor, first_ = first;
       scalars_ = Rule::template prepare<A>(h, t, first, after_);
     }
@@ -286,6 +288,8 @@ class Prepared {
   double factor_after() const { return after_; }
 
  private:
+  bool same(const double* h) const { return h == h_ || (h_ && std::memcmp(h, h_, kHyper * sizeof *h) == 0); }
+
   const double* h_ = nullptr;
   double t_ = 0, before_ = 0, after_ = 0;
   bool first_ = false;
