@@ -104,7 +104,8 @@ def short(names: list[str]) -> dict[str, str]:
     short = []
     for name in plain:
         name = re.sub(r"^void |\(.*$|fusedtricks::cuda::", "", name)
-        for long, brief in (("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("float", "fp32"), ("double", "fp64")):
+        types = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", "double": "fp64", "unsigned char": "u8"}
+        for long, brief in types.items():
             name = name.replace(long, brief)
         short.append(name)
     return dict(zip(names, short, strict=True))
@@ -182,8 +183,8 @@ def markdown(rows: list[Row]) -> str:
     """The kernels for aligned rows by family and dtype: the most registers and spills, the widest accesses."""
     groups: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
     for row in rows:
-        family, dtype, lanes = re.match(r"(\w+)<.*?\b(fp32|bf16|fp16|fp64), (\d+)\b", row.kernel).groups()
-        if int(lanes) * {"fp32": 4, "fp64": 8}.get(dtype, 2) == 16:
+        family, dtype, lanes = re.match(r"(\w+)<.*?\b(fp32|bf16|fp16|fp64|u8), (\d+)\b", row.kernel).groups()
+        if int(lanes) * {"fp32": 4, "fp64": 8, "u8": 1}.get(dtype, 2) == 16:
             groups[family, dtype].append(row)
     archs = [f"sm_{arch}" for arch in ARCHS]
     lines = [

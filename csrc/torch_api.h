@@ -294,4 +294,75 @@ inline std::array<int64_t, 64> row_major(const Tensor& x, int64_t dims) {
   return strides;
 }
 
+// ---- mixing: what every launcher checks -----------------------------------------------------------------------------
+
+// Whether the values are a permutation, CPU kernels check; on other devices it would take a host sync.
+inline void check_permutation(const char* op, const Tensor& x, const Tensor& perm) {
+  STD_TORCH_CHECK(x.dim() > 0 && perm.dim() == 1 && perm.size(0) == x.size(0) &&
+                      perm.scalar_type() == ScalarType::Long && perm.is_contiguous() && perm.is_cuda() == x.is_cuda(),
+                  op, ": perm must be int64, contiguous, one for each sample, on the device of x");
+}
+
+inline void check_weights(const char* op, const Tensor& x, const Tensor& weights) {
+  STD_TORCH_CHECK(x.dim() > 0 && weights.is_contiguous() &&
+                      weights.scalar_type() == accumulate_dtype(x.scalar_type()) &&
+                      (weights.numel() == 1 || weights.numel() == x.size(0)) && weights.is_cuda() == x.is_cuda(),
+                  op, ": the weights must be contiguous, fp32 (fp64 for fp64), one for the batch or for each sample");
+}
+
+// uint8 images (N, C, *) become y = scale x + shift by channel.
+inline void check_images(const char* op, const Tensor& x, const MaybeTensor& scale, const MaybeTensor& shift) {
+  STD_TORCH_CHECK(x.dim() >= 2, op, ": images must be (N, C, *)");
+  for (const auto* map : {&scale, &shift}) {
+    STD_TORCH_CHECK(*map && (*map)->scalar_type() == ScalarType::Float && (*map)->is_contiguous() &&
+                        (*map)->numel() == x.size(1) && (*map)->is_cuda() == x.is_cuda(),
+                    op, ": images need a scale and a shift for each channel, contiguous and fp32");
+  }
+}
+
+inline void check_boxes(const char* op, const Tensor& x, const Tensor& box) {
+  STD_TORCH_CHECK(x.dim() >= 3, op, ": expected images (N, *, H, W)");
+  STD_TORCH_CHECK(box.dim() == 2 && box.size(1) == 4 && (box.size(0) == 1 || box.size(0) == x.size(0)) &&
+                      box.scalar_type() == ScalarType::Long && box.is_contiguous() && box.is_cuda() == x.is_cuda(),
+                  op, ": box must be int64, contiguous, (1, 4) or (N, 4), on the device of x");
+}
+
+// Images as (N, planes, H, line): a line is a row of pixels, `pixel` elements each. Channels that lie innermost are
+// part of the pixel.
+struct Images {
+  int64_t N, planes = 1, H, W, pixel = 1;
+
+  explicit Images(const Tensor& x) : N(x.size(0)), H(x.size(x.dim() - 2)), W(x.size(x.dim() - 1)) {
+    const int64_t rest = x.numel() / std::max<int64_t>(N * H * W, 1);
+    (x.is_contiguous() ? planes : pixel) = rest;
+  }
+
+  int64_t line() const { return W * pixel; }
+  int64_t plane() const { return H * line(); }
+  int64_t sample() const { return planes * plane(); }
+
+  // Dense with one channel dimension innermost, as channels_last.
+  static bool interleaved(const Tensor& x) {
+    if (x.dim() != 4) return false;
+    const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+    auto is = [&](int64_t d, int64_t stride) { return x.size(d) == 1 || x.stride(d) == stride; };
+    return is(1, 1) && is(3, C) && is(2, C * W) && is(0, C * W * H);
+  }
+};
+
+// run(x, y) on x and y themselves where they are plain or interleaved, else on plain copies.
+template <class F>
+Tensor on_images(const Tensor& x, const F& run) {
+  auto y = fusedtricks::empty_like(x);
+  if (x.numel() == 0) return y;
+  if (x.is_contiguous() || Images::interleaved(x)) {
+    run(x, y);
+    return y;
+  }
+  const Tensor plain = torch::stable::contiguous(x), mixed = empty(x.sizes(), x.scalar_type(), x);
+  run(plain, mixed);
+  torch::stable::copy_(y, mixed);
+  return y;
+}
+
 }  // namespace fusedtricks

@@ -19,7 +19,7 @@ from fusedtricks import _op
 pytestmark = pytest.mark.skipif(
     not (static.nvcc() and static.cuobjdump()), reason="needs nvcc and cuobjdump (the latter comes with Triton)"
 )
-LANES = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2}
+LANES = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2, "u8": 16}
 # Kernels that store no more than a few numbers for each row or channel.
 STATISTICS = (
     *("measure_strips", "project_strips", "square_gradients", "measure_channels", "sum_channels"),
@@ -48,7 +48,7 @@ def test_wide_accesses(rows: list[static.Row]) -> None:
     checked = 0
     for row in rows:
         # Template arguments of a kernel: the dtype of its elements is followed by how many one access moves.
-        found = re.match(r"(\w+)<.*?\b(fp32|bf16|fp16|fp64), (\d+)\b", row.kernel)
+        found = re.match(r"(\w+)<.*?\b(fp32|bf16|fp16|fp64|u8), (\d+)\b", row.kernel)
         assert found, f"{row.kernel}: expected ..., dtype, elements per access, ... among the template arguments"
         kernel, dtype, lanes = found.groups()
         if int(lanes) < LANES[dtype]:

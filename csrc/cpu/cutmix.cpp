@@ -5,29 +5,6 @@
 
 namespace fusedtricks::FT_ISA {
 
-// Images as (N, planes, H, line): a line is a row of pixels, `pixel` elements each. Channels that lie innermost are
-// part of the pixel.
-struct Images {
-  int64_t N, planes = 1, H, W, pixel = 1;
-
-  explicit Images(const Tensor& x) : N(x.size(0)), H(x.size(x.dim() - 2)), W(x.size(x.dim() - 1)) {
-    const int64_t rest = x.numel() / std::max<int64_t>(N * H * W, 1);
-    (x.is_contiguous() ? planes : pixel) = rest;
-  }
-
-  int64_t line() const { return W * pixel; }
-  int64_t plane() const { return H * line(); }
-  int64_t sample() const { return planes * plane(); }
-
-  // Dense with one channel dimension innermost, as channels_last.
-  static bool interleaved(const Tensor& x) {
-    if (x.dim() != 4) return false;
-    const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
-    auto is = [&](int64_t d, int64_t stride) { return x.size(d) == 1 || x.stride(d) == stride; };
-    return is(1, 1) && is(3, C) && is(2, C * W) && is(0, C * W * H);
-  }
-};
-
 struct Box {
   int64_t top, bottom, left, right;
 
@@ -37,29 +14,6 @@ struct Box {
         left(std::clamp<int64_t>(edges[2], 0, images.W)),
         right(std::clamp<int64_t>(edges[3], left, images.W)) {}
 };
-
-void check_cut(const char* op, const Tensor& x, const Tensor& perm, const Tensor& box) {
-  check_permutation(op, x, perm);
-  STD_TORCH_CHECK(x.dim() >= 3, op, ": expected images (N, *, H, W)");
-  STD_TORCH_CHECK(box.dim() == 2 && box.size(1) == 4 && (box.size(0) == 1 || box.size(0) == x.size(0)) &&
-                      box.scalar_type() == ScalarType::Long && box.is_contiguous() && !box.is_cuda(),
-                  op, ": box must be int64, contiguous, (1, 4) or (N, 4)");
-}
-
-// run(x, y) on x and y themselves where they are plain or interleaved, else on plain copies.
-template <class F>
-Tensor on_images(const Tensor& x, const F& run) {
-  auto y = fusedtricks::empty_like(x);
-  if (x.numel() == 0) return y;
-  if (x.is_contiguous() || Images::interleaved(x)) {
-    run(x, y);
-    return y;
-  }
-  const Tensor plain = torch::stable::contiguous(x), mixed = empty(x.sizes(), x.scalar_type(), x);
-  run(plain, mixed);
-  torch::stable::copy_(y, mixed);
-  return y;
-}
 
 // f.operator()<T>() with an unsigned integer of the element's size: elements are only moved.
 template <class F>
@@ -85,7 +39,8 @@ inline T* copy(const T* from, int64_t count, T* to) {
 }
 
 Tensor cutmix_fwd(const Tensor& x, const Tensor& perm, const Tensor& box) {
-  check_cut("cutmix_fwd", x, perm, box);
+  check_permutation("cutmix_fwd", x, perm);
+  check_boxes("cutmix_fwd", x, box);
   const Cycles cycles("cutmix_fwd", perm);
   return on_images(x, [&](const Tensor& from, const Tensor& to) {
     const Images images(from);
@@ -116,7 +71,8 @@ Tensor cutmix_fwd(const Tensor& x, const Tensor& perm, const Tensor& box) {
 }
 
 Tensor cutmix_bwd(const Tensor& dy, const Tensor& perm, const Tensor& box) {
-  check_cut("cutmix_bwd", dy, perm, box);
+  check_permutation("cutmix_bwd", dy, perm);
+  check_boxes("cutmix_bwd", dy, box);
   check_floating("cutmix_bwd", "dy", dy.scalar_type());
   const Cycles cycles("cutmix_bwd", perm);
   std::vector<int64_t> back(cycles.order.size());

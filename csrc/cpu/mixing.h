@@ -50,12 +50,6 @@ inline void end_of_stream(bool streamed) {
 #endif
 }
 
-inline void check_permutation(const char* op, const Tensor& x, const Tensor& perm) {
-  STD_TORCH_CHECK(x.dim() > 0 && perm.dim() == 1 && perm.size(0) == x.size(0) &&
-                      perm.scalar_type() == ScalarType::Long && perm.is_contiguous() && !perm.is_cuda(),
-                  op, ": perm must be int64, contiguous, one for each sample");
-}
-
 // The samples in the order in which the cycles of a permutation pass them, so that the partner of one is the next, and
 // of the last of a cycle the first. A sample is then in the cache when it is needed again, and mixing in place needs a
 // copy of the first of a cycle alone.

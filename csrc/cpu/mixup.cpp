@@ -128,11 +128,8 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
 
 // lam as values of the arithmetic; raises where one is outside [0, 1].
 template <class A>
-const A* check_weights(const char* op, const Tensor& lam, int64_t count) {
-  constexpr auto type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(
-      lam.scalar_type() == type && lam.is_contiguous() && (lam.numel() == 1 || lam.numel() == count) && !lam.is_cuda(),
-      op, ": lam must be contiguous, fp32 (fp64 for fp64), one for the batch or for each sample");
+const A* weights_of(const char* op, const Tensor& x, const Tensor& lam) {
+  check_weights(op, x, lam);
   const auto* values = static_cast<const A*>(lam.const_data_ptr());
   for (int64_t i = 0; i < lam.numel(); ++i) {
     STD_TORCH_CHECK(values[i] >= 0 && values[i] <= 1, op, ": expected lam in [0, 1], but got ", values[i]);
@@ -147,7 +144,7 @@ void mix_batch(const char* op, const Tensor& x, const Tensor& y, const Tensor& l
   check_permutation(op, x, perm);
   const Cycles cycles(op, perm);
   dispatch(op, x.scalar_type(), [&]<class T>() {
-    const auto* weights = check_weights<Acc<T>>(op, lam, x.size(0));
+    const auto* weights = weights_of<Acc<T>>(op, x, lam);
     if (x.numel() == 0) return;
     auto run = [&](const Tensor& from, const Tensor& to) {
       const Samples samples(to, from);
@@ -168,15 +165,10 @@ void mix_batch(const char* op, const Tensor& x, const Tensor& y, const Tensor& l
 // Images of dense samples: pixels become floats, are mixed and mapped.
 void mix_images(const char* op, const Tensor& x, const Tensor& y, const Tensor& lam, const Tensor& perm,
                 const MaybeTensor& scale, const MaybeTensor& shift) {
+  check_images(op, x, scale, shift);
   check_permutation(op, x, perm);
   const Cycles cycles(op, perm);
-  const auto* weights = check_weights<float>(op, lam, x.size(0));
-  STD_TORCH_CHECK(x.dim() >= 2, op, ": images must be (N, C, *)");
-  for (const auto* map : {&scale, &shift}) {
-    STD_TORCH_CHECK(
-        *map && (*map)->scalar_type() == ScalarType::Float && (*map)->is_contiguous() && (*map)->numel() == x.size(1),
-        op, ": images need a scale and a shift for each channel, contiguous and fp32");
-  }
+  const auto* weights = weights_of<float>(op, x, lam);
   if (x.numel() == 0) return;
   const auto run = [&](const Tensor& from, const Tensor& to) {
     const Samples samples(to, from);

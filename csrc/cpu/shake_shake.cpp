@@ -42,15 +42,9 @@ void for_pieces(const SampleRows& plan, bool streamed, const F& f) {
   });
 }
 
-void check_shake(const char* op, const Tensor& x, const Tensor& weight) {
-  check_floating(op, "input", x.scalar_type());
-  STD_TORCH_CHECK(x.dim() > 0 && weight.is_contiguous() && weight.scalar_type() == accumulate_dtype(x.scalar_type()) &&
-                      (weight.numel() == 1 || weight.numel() == x.size(0)) && weight.is_cuda() == x.is_cuda(),
-                  op, ": the weights must be contiguous, fp32 (fp64 for fp64), one for the batch or for each sample");
-}
-
 Tensor shake_shake_fwd(const Tensor& x1, const Tensor& x2, const Tensor& alpha) {
-  check_shake("shake_shake_fwd", x1, alpha);
+  check_floating("shake_shake_fwd", "x1", x1.scalar_type());
+  check_weights("shake_shake_fwd", x1, alpha);
   STD_TORCH_CHECK(x2.scalar_type() == x1.scalar_type() && x2.sizes().equals(x1.sizes()),
                   "shake_shake_fwd: x2 must have the shape and dtype of x1");
   auto y = fusedtricks::empty_like(x1);
@@ -84,7 +78,8 @@ Tensor shake_shake_fwd(const Tensor& x1, const Tensor& x2, const Tensor& alpha) 
 }
 
 std::tuple<Tensor, Tensor> shake_shake_bwd(const Tensor& dy, const Tensor& beta) {
-  check_shake("shake_shake_bwd", dy, beta);
+  check_floating("shake_shake_bwd", "dy", dy.scalar_type());
+  check_weights("shake_shake_bwd", dy, beta);
   auto dx1 = fusedtricks::empty_like(dy), dx2 = fusedtricks::empty_like(dy);
   if (dy.numel() == 0) return {dx1, dx2};
   const bool per_sample = beta.numel() > 1;

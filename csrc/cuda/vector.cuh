@@ -113,6 +113,10 @@ enum class Cache { kStream, kKeep, kShared };
 template <int Bytes>
 struct WordOf;
 template <>
+struct WordOf<1> {
+  using type = unsigned char;
+};
+template <>
 struct WordOf<2> {
   using type = unsigned short;
 };

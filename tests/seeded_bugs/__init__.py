@@ -1,7 +1,8 @@
 """Bugs that have been made in kernels like these. The suite must notice every one of them.
 
 A Python bug replaces the reference of one operator: `wrong(right, *args)` gets the true reference and its arguments.
-A C++ bug replaces one expression of csrc/. Each module here has a dictionary BUGS or NATIVE_BUGS, or both.
+A C++ bug replaces one expression of csrc/, below csrc/cuda in CUDA_BUGS. Each module here has some of the dictionaries
+BUGS, NATIVE_BUGS and CUDA_BUGS.
 """
 
 from __future__ import annotations
@@ -83,3 +84,4 @@ def _collect(attribute: str) -> dict[str, Any]:
 
 BUGS: dict[str, Bug] = _collect("BUGS")
 NATIVE_BUGS: dict[str, NativeBug] = _collect("NATIVE_BUGS")
+CUDA_BUGS: dict[str, NativeBug] = _collect("CUDA_BUGS")
