@@ -42,3 +42,15 @@ NATIVE_BUGS = {
         "math/mixup.h", "own * of_own + partner * of_partner", "own * of_partner + partner * of_own", "mixup"
     ),
 }
+
+CUDA_BUGS = {
+    "strip used before it is whole": NativeBug(
+        "cuda/mixup.cu", "  __syncthreads();\n  for (int at", "  for (int at", "mixup"
+    ),
+    "gradient of the box by the wrong sample": NativeBug(
+        "cuda/cutmix.cu",
+        "cut[k] = a.inside<Width>(i, column);",
+        "cut[k] = a.inside<Width>(piece.sample, column);",
+        "cutmix",
+    ),
+}
