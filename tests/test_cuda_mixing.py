@@ -1,25 +1,16 @@
-"""The CUDA kernels of mixup, cutmix and shake_shake on the CPU (tests/cuda_on_host): regimes, images, in place, and
-bugs sown into the source.
+"""The CUDA kernels of mixup, cutmix and shake_shake on the CPU (tests/cuda_on_host): regimes, images, in place.
 
-Parity over the whole sweep is in test_cuda_on_host.py.
+Parity over the whole sweep is in test_cuda_on_host.py, sown bugs are in test_cuda_seeded_bugs.py.
 """
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 
 import cuda_on_host
 import pytest
 import sweep
 import torch
-from cases import CASES
-from cuda_on_host import build
 from parity import assert_bitwise_equal
-from seeded_bugs import CUDA_BUGS
-from test_cuda_on_host import HOST, sample
 
-from fusedtricks import _op
 from fusedtricks._op import Op
 
 pytestmark = [
@@ -116,31 +107,3 @@ def test_regimes(library: cuda_on_host.Library) -> None:
     for kernel in (f"{name}, {width}" for name in names for width in (1, 4)):
         name = f"void fusedtricks::cuda::{kernel}"
         assert any(k.startswith(name) for k in library.launched()), f"{name} was never launched"
-
-
-@contextlib.contextmanager
-def forcible(library: cuda_on_host.Library) -> Iterator[None]:
-    """The library as the back end of `HOST`."""
-    names, _op.BACKENDS = _op.BACKENDS, (*_op.BACKENDS, "cuda_on_host")
-    for name, op in library.ops.items():
-        Op.registry[name]._implementations["cuda_on_host"] = op
-    try:
-        yield
-    finally:
-        _op.BACKENDS = names
-        for name in library.ops:
-            del Op.registry[name]._implementations["cuda_on_host"]
-
-
-@pytest.mark.parametrize("name", CUDA_BUGS)
-def test_sown_bug_is_caught(name: str) -> None:
-    """Some configuration of the sweep notices, on a device whose threads run in descending order."""
-    bug = CUDA_BUGS[name]
-    library = cuda_on_host.Library(build.build({bug.file: (bug.right, bug.wrong)}, stems=(bug.op,)))
-    with forcible(library), library.device(order=1):
-        for config in sample(CASES[bug.op], "a real device"):
-            try:
-                sweep.check(CASES[bug.op], config, HOST)
-            except AssertionError:
-                return
-    pytest.fail(f"no configuration of {bug.op} notices: {name}")
