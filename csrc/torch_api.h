@@ -231,6 +231,18 @@ inline void check_dropout(const char* op, const Tensor& x, const Tensor& seed, i
   STD_TORCH_CHECK(trailing == group || x.numel() == 0, op, ": a group must be some trailing dimensions, got ", group);
 }
 
+// No seed: everything is kept.
+inline void check_dropping(const char* op, const Tensor& x, const MaybeTensor& seed, int64_t keep) {
+  if (seed) return check_dropout(op, x, *seed, keep, 1);
+  STD_TORCH_CHECK(keep == 65536, op, ": a seed is needed where elements are dropped");
+}
+
+inline void check_plain(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == x.scalar_type() && t.sizes().equals(x.sizes()) &&
+                      t.is_cuda() == x.is_cuda(),
+                  op, ": ", name, " must be contiguous, of the shape, dtype and device of x");
+}
+
 // ---- cross-entropy: what every launcher checks
 // -----------------------------------------------------------------------
 

@@ -12,19 +12,10 @@ struct Dropping {
   int64_t keep;
 
   Dropping(const char* op, const Tensor& x, const MaybeTensor& given, int64_t keep) : keep(keep) {
-    if (!given) {
-      STD_TORCH_CHECK(keep == 65536, op, ": a seed is needed where elements are dropped");
-      return;
-    }
-    check_dropout(op, x, *given, keep, 1);
-    seed = static_cast<uint64_t>(*static_cast<const int64_t*>(given->const_data_ptr()));
+    check_dropping(op, x, given, keep);
+    if (given) seed = static_cast<uint64_t>(*static_cast<const int64_t*>(given->const_data_ptr()));
   }
 };
-
-void check_plain(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == x.scalar_type() && t.sizes().equals(x.sizes()), op, ": ",
-                  name, " must be contiguous, of the shape and dtype of x");
-}
 
 // z = dropout(x) + residual, a row at a time.
 struct Sum {

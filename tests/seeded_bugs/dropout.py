@@ -42,3 +42,9 @@ NATIVE_BUGS = {
     ),
     "nine rounds": NativeBug("math/philox.h", "round < 10", "round < 9", "dropout"),
 }
+
+CUDA_BUGS = {
+    "vectors share the first half of a random block": NativeBug(
+        "cuda/dropout_add_layer_norm.cu", "static_cast<int>(at % 8)", "0", "dropout_add_layer_norm"
+    ),
+}
