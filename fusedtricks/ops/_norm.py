@@ -48,6 +48,18 @@ def laid_out_like(value: Tensor, template: Tensor) -> Tensor:
     return value if value.stride() == out.stride() else out.copy_(value)
 
 
+def strides_like(t: Tensor) -> tuple[int, ...]:
+    """Those of `torch.empty_like(t)`, for a backward that does not keep t."""
+    return t.stride() if t.is_contiguous() else torch.empty_like(t, device="meta").stride()
+
+
+def laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`value` with these strides: a gradient may come in another layout than the tensor had."""
+    if value.stride() == strides:
+        return value
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def check(
     name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, bias: Tensor | None = None
 ) -> int:

@@ -56,9 +56,7 @@ class _CutMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = _CutMixBackward.apply(dy, *ctx.saved_tensors)
-        if dx.stride() != ctx.strides:  # a gradient in another layout than y: x keeps its memory format
-            dx = torch.empty_strided(dx.shape, ctx.strides, dtype=dx.dtype, device=dx.device).copy_(dx)
-        return dx, None, None
+        return _norm.laid_out(dx, ctx.strides), None, None
 
 
 class _CutMixBackward(torch.autograd.Function):

@@ -58,7 +58,7 @@ class _Dropout(torch.autograd.Function):
         if inplace:
             dropout_fwd_(x, seed, keep, group)
             ctx.mark_dirty(x)
-            ctx.strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
+            ctx.strides = _norm.strides_like(x)
             return x
         y = dropout_fwd(x, seed, keep, group)
         ctx.strides = y.stride()
@@ -67,10 +67,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = run(dy, *ctx.saved_tensors, ctx.keep, ctx.group)
-        if dx.stride() != ctx.strides:
-            # A gradient that came in another layout than y: x keeps its memory format.
-            dx = torch.empty_strided(dx.shape, ctx.strides, dtype=dx.dtype, device=dx.device).copy_(dx)
-        return dx, None, None, None, None
+        return _norm.laid_out(dx, ctx.strides), None, None, None, None
 
 
 def run(x: Tensor, seed: Tensor, keep: int, group: int, inplace: bool = False) -> Tensor:

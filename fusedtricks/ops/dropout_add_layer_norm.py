@@ -109,8 +109,8 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         ctx.save_for_backward(z, weight, stats, seed)
         ctx.set_materialize_grads(False)
         ctx.keep, ctx.eps, ctx.dims, ctx.center = keep, eps, dims, center
-        ctx.strides = tuple(strides_of(t) for t in (x, residual))
-        return laid_out(y, ctx.strides[0]), laid_out(z, ctx.strides[0])
+        ctx.strides = tuple(_norm.strides_like(t) for t in (x, residual))
+        return _norm.laid_out(y, ctx.strides[0]), _norm.laid_out(z, ctx.strides[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -126,24 +126,13 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         dy = torch.zeros_like(z) if dy is None else dy
         dz = None if dz is None else dz.contiguous()
         grads = run(dy, dz, z.contiguous(), weight, stats, seed, ctx.keep, ctx.dims, ctx.center, *need)
-        dx, dresidual = (laid_out(g, s) if n else g for g, s, n in zip(grads, ctx.strides, need, strict=False))
+        dx, dresidual = (_norm.laid_out(g, s) if n else g for g, s, n in zip(grads, ctx.strides, need, strict=False))
         grads = (dx, dresidual, *grads[2:])
         return *(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * 5
 
 
 def forward(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return dropout_add_layer_norm_fwd(x.contiguous(), residual.contiguous(), *rest)
-
-
-def strides_of(t: Tensor) -> tuple[int, ...]:
-    """Of empty_like(t)."""
-    return t.stride() if t.is_contiguous() else torch.empty_like(t, device="meta").stride()
-
-
-def laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
-    if value.stride() == strides:
-        return value
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def run(
@@ -166,8 +155,8 @@ def run(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _DropoutAddLayerNorm.apply(x, residual, *args)
     y, z, _ = forward(x, residual, *args)
-    strides = strides_of(x)
-    return laid_out(y, strides), laid_out(z, strides)
+    strides = _norm.strides_like(x)
+    return _norm.laid_out(y, strides), _norm.laid_out(z, strides)
 
 
 def dropout_add_layer_norm(

@@ -60,7 +60,7 @@ class _Mixup(torch.autograd.Function):
         if inplace:
             mixup_fwd_(x, lam, perm)
             ctx.mark_dirty(x)
-            ctx.strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
+            ctx.strides = _norm.strides_like(x)
             return x
         y = mixup_fwd(x, lam, perm, None, None, x.dtype)
         ctx.strides = y.stride()
@@ -69,9 +69,7 @@ class _Mixup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = _MixupBackward.apply(dy, *ctx.saved_tensors)
-        if dx.stride() != ctx.strides:  # a gradient in another layout than y: x keeps its memory format
-            dx = torch.empty_strided(dx.shape, ctx.strides, dtype=dx.dtype, device=dx.device).copy_(dx)
-        return dx, None, None, None
+        return _norm.laid_out(dx, ctx.strides), None, None, None
 
 
 class _MixupBackward(torch.autograd.Function):

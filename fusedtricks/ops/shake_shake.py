@@ -48,7 +48,7 @@ class _ShakeShake(torch.autograd.Function):
         ctx.per_sample, ctx.generator = alpha.numel() > 1, generator
         ctx.save_for_backward(beta)
         y = shake_shake_fwd(x1, x2, alpha)
-        ctx.strides = y.stride(), y.stride() if x2.stride() == x1.stride() else torch.empty_like(x2).stride()
+        ctx.strides = y.stride(), _norm.strides_like(x2)
         return y
 
     @staticmethod
@@ -57,12 +57,7 @@ class _ShakeShake(torch.autograd.Function):
         if beta is None:
             beta = draw(dy, ctx.per_sample, ctx.generator)
         grads = _ShakeShakeBackward.apply(dy, beta)
-        # A gradient may come in another layout than y: x1 and x2 keep their memory formats.
-        return *(g if g.stride() == s else _strided(g, s) for g, s in zip(grads, ctx.strides, strict=True)), *[None] * 3
-
-
-def _strided(value: Tensor, strides: tuple[int, ...]) -> Tensor:
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+        return *(_norm.laid_out(g, s) for g, s in zip(grads, ctx.strides, strict=True)), *[None] * 3
 
 
 class _ShakeShakeBackward(torch.autograd.Function):
