@@ -7,47 +7,13 @@
 
 namespace fusedtricks::FT_ISA {
 
-// Batches from this size on are streamed past the caches, which could not hold them for whoever reads them next: the
-// processor then need not read y before writing it.
-inline constexpr int64_t kStreamedBytes = 32 << 20;
-
-template <class U, class V>
-inline __attribute__((always_inline)) void stream(U* y, V v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(U) == 2) return _mm256_stream_si256(reinterpret_cast<__m256i*>(y), (__m256i)narrow(v, U{}));
-  if constexpr (sizeof(U) == 4) return _mm512_stream_ps(y, (__m512)v);
-  if constexpr (sizeof(U) == 8) return _mm512_stream_pd(y, (__m512d)v);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(U) == 2) return _mm_stream_si128(reinterpret_cast<__m128i*>(y), (__m128i)narrow(v, U{}));
-  if constexpr (sizeof(U) == 4) return _mm256_stream_ps(y, (__m256)v);
-  if constexpr (sizeof(U) == 8) return _mm256_stream_pd(y, (__m256d)v);
-#else
-  store(y, v, Full{});
-#endif
-}
-
-// Stores a register, or part of one; past the caches if Streamed, which asks for an aligned address.
-template <bool Streamed, class U, class V, class Lanes>
-inline __attribute__((always_inline)) void put(U* y, V v, Lanes lanes) {
-  if constexpr (Streamed && std::is_same_v<Lanes, Full>) {
-    stream(y, v);
-  } else {
-    store(y, v, lanes);
+// run.operator()<Stream>() for one run of elements at `y`; streaming asks for an aligned address.
+template <class T, class F>
+inline void with_stream(bool stream, const T* y, const F& run) {
+  if (stream && reinterpret_cast<uintptr_t>(y) % (kLanes<Acc<T>> * sizeof(T)) == 0) {
+    return run.template operator()<true>();
   }
-}
-
-// run.operator()<Streamed>() for one run of elements at `y`.
-template <class U, class F>
-inline void with_streaming(bool streamed, const U* y, const F& run) {
-  if (streamed && reinterpret_cast<uintptr_t>(y) % kVecBytes == 0) return run.template operator()<true>();
   run.template operator()<false>();
-}
-
-// What was streamed is ordered before whatever follows.
-inline void end_of_stream(bool streamed) {
-#if defined(__x86_64__)
-  if (streamed) _mm_sfence();
-#endif
 }
 
 // The samples in the order in which the cycles of a permutation pass them, so that the partner of one is the next, and

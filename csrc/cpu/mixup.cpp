@@ -36,22 +36,22 @@ struct Of<uint8_t> {
 
 // y = affine(of_own x + of_partner partner) of `count` elements. y may be x.
 // `next` is read next: it travels meanwhile.
-template <bool Affine, bool Streamed, class T, class U, class A = typename Of<T>::A>
+template <bool Affine, bool Stream, class T, class U, class A = typename Of<T>::A>
 inline void mix_elements(const T* own, const T* partner, U* y, int64_t count, A of_own, A of_partner, const A* scale,
                          const A* shift, const T* next) {
   sweep<A>(0, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
     Vec<A> v = mixed(Vec<A>(Of<T>::read(own + j, lanes)), Vec<A>(Of<T>::read(partner + j, lanes)), of_own, of_partner);
     if constexpr (Affine) v = v * load(scale + j, lanes) + load(shift + j, lanes);
     __builtin_prefetch(next + j);
-    put<Streamed>(y + j, v, lanes);
+    store_or_stream<Stream>(y + j, v, lanes);
   });
 }
 
 template <bool Affine, class T, class U, class A = typename Of<T>::A>
 inline void mix(const T* own, const T* partner, U* y, int64_t count, A of_own, A of_partner, const A* scale,
-                const A* shift, const T* next, bool streamed) {
-  with_streaming(streamed, y, [&]<bool Streamed>() {
-    mix_elements<Affine, Streamed>(own, partner, y, count, of_own, of_partner, scale, shift, next);
+                const A* shift, const T* next, bool stream) {
+  with_stream(stream, y, [&]<bool Stream>() {
+    mix_elements<Affine, Stream>(own, partner, y, count, of_own, of_partner, scale, shift, next);
   });
 }
 
@@ -77,7 +77,7 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
                  const Channels& channels) {
   const int64_t columns = std::min(s.run, kMostColumns), chunks = (s.run + columns - 1) / columns;
   const int64_t of_sample = s.rows.count * chunks;
-  const bool streamed = !in_place && s.count * s.rows.count * s.run * static_cast<int64_t>(sizeof(U)) >= kStreamedBytes;
+  const bool stream = !in_place && worth_streaming(s.count * s.rows.count * s.run * int64_t{sizeof(T) + sizeof(U)});
   auto weight = [&](int64_t i) { return lam[one_lam ? 0 : i]; };
 
   // Positions [begin, end) of cycle c, of columns that start at `from` and `to` in a sample.
@@ -96,9 +96,9 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
       const T* next = from + after * s.x_stride;
       const A rest = A(1) - weight(i);
       if constexpr (Transposed) {
-        mix<Affine>(at_j, at_i, to + j * s.y_stride, count, weight(j), rest, scale, shift, next, streamed);
+        mix<Affine>(at_j, at_i, to + j * s.y_stride, count, weight(j), rest, scale, shift, next, stream);
       } else {
-        mix<Affine>(at_i, at_j, to + i * s.y_stride, count, weight(i), rest, scale, shift, next, streamed);
+        mix<Affine>(at_i, at_j, to + i * s.y_stride, count, weight(i), rest, scale, shift, next, stream);
       }
     }
   };
@@ -122,7 +122,7 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
       }
       item += in_place ? 1 : k1 - k0;
     }
-    end_of_stream(streamed);
+    if (stream) streamed();
   });
 }
 

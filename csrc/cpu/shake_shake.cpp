@@ -28,7 +28,7 @@ struct SampleRows {
 
 // f(offsets of a, b, c, weight's index, count) for pieces of rows.
 template <class F>
-void for_pieces(const SampleRows& plan, bool streamed, const F& f) {
+void for_pieces(const SampleRows& plan, bool stream, const F& f) {
   const int64_t chunks = (plan.columns + kChunk - 1) / kChunk;
   parallel(plan.rows.count * chunks, std::min(plan.columns, kChunk), [&](int64_t begin, int64_t end) {
     Rows<4>::Walk at(plan.rows, begin / chunks);
@@ -38,7 +38,7 @@ void for_pieces(const SampleRows& plan, bool streamed, const F& f) {
         std::min(plan.columns - first, kChunk));
       if (chunk == chunks - 1 && item + 1 < end) at.next();
     }
-    end_of_stream(streamed);
+    if (stream) streamed();
   });
 }
 
@@ -57,13 +57,14 @@ Tensor shake_shake_fwd(const Tensor& x1, const Tensor& x2, const Tensor& alpha) 
       using A = Acc<T>;
       const T *p = static_cast<const T*>(a.const_data_ptr()), *q = static_cast<const T*>(b.const_data_ptr());
       T* to = static_cast<T*>(out.mutable_data_ptr());
-      const bool streamed = a.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
+      const bool stream = worth_streaming(3 * a.numel() * int64_t{sizeof(T)});
       const A* weight = static_cast<const A*>(alpha.const_data_ptr());
-      for_pieces(plan, streamed, [&](int64_t at_y, int64_t at_a, int64_t at_b, int64_t i, int64_t count) {
+      for_pieces(plan, stream, [&](int64_t at_y, int64_t at_a, int64_t at_b, int64_t i, int64_t count) {
         const A w = weight[i], rest = A(1) - w;
-        with_streaming(streamed, to + at_y, [&]<bool Streamed>() {
+        with_stream(stream, to + at_y, [&]<bool Stream>() {
           sweep<A>(0, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-            put<Streamed>(to + at_y + j, mixed(load(p + at_a + j, lanes), load(q + at_b + j, lanes), w, rest), lanes);
+            store_or_stream<Stream>(to + at_y + j, mixed(load(p + at_a + j, lanes), load(q + at_b + j, lanes), w, rest),
+                                    lanes);
           });
         });
       });
@@ -90,17 +91,17 @@ std::tuple<Tensor, Tensor> shake_shake_bwd(const Tensor& dy, const Tensor& beta)
       using A = Acc<T>;
       const T* g = static_cast<const T*>(from.const_data_ptr());
       T *p = static_cast<T*>(one.mutable_data_ptr()), *q = static_cast<T*>(two.mutable_data_ptr());
-      const bool streamed = from.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
+      const bool stream = worth_streaming(3 * from.numel() * int64_t{sizeof(T)});
       const A* weight = static_cast<const A*>(beta.const_data_ptr());
-      for_pieces(plan, streamed, [&](int64_t at_1, int64_t at_2, int64_t at, int64_t i, int64_t count) {
+      for_pieces(plan, stream, [&](int64_t at_1, int64_t at_2, int64_t at, int64_t i, int64_t count) {
         const A w = weight[i], rest = A(1) - w;
         const bool both =
             (reinterpret_cast<uintptr_t>(p + at_1) - reinterpret_cast<uintptr_t>(q + at_2)) % kVecBytes == 0;
-        with_streaming(streamed && both, p + at_1, [&]<bool Streamed>() {
+        with_stream(stream && both, p + at_1, [&]<bool Stream>() {
           sweep<A>(0, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
             const auto v = load(g + at + j, lanes);
-            put<Streamed>(p + at_1 + j, v * w, lanes);
-            put<Streamed>(q + at_2 + j, v * rest, lanes);
+            store_or_stream<Stream>(p + at_1 + j, v * w, lanes);
+            store_or_stream<Stream>(q + at_2 + j, v * rest, lanes);
           });
         });
       });
