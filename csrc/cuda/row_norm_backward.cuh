@@ -256,15 +256,11 @@ __global__ void __launch_bounds__(kSumsInShared ? kBackwardThreadsInShared : kBa
   write_parameter_gradients<kParts, T>(a, sums, columns, strip.first, blockIdx.x / a.row_blocks, block);
 }
 
-// First launch of two for wide rows: mean(g) and mean(g x^). A block per strip; the last of a row joins them.
-template <bool Center, class T, int Width>
-__global__ void __launch_bounds__(kStripThreads, 1) project_strips(const Backward<T> a) {
+// mean(g) and mean(g x^) of a row from those of its strips, of which a block holds one; the last of a row joins them.
+template <class T, int Width, class Row>
+__device__ __forceinline__ void project_strip(const Backward<T>& a, const Row& row, const Strip<T>& strip,
+                                              const Columns<Width>& columns, Group& group) {
   using A = Acc<T>;
-  Group group(blockDim.x);
-  const Strip<T> strip(blockIdx.x, a.strips, a.C, kBackwardVectors);
-  const Columns<Width> columns{strip.count, a.lanes, group.rank};
-  RowPair<Center, T, kBackwardVectors> row;
-  row.template load<Cache::kKeep>(a, strip.r, strip.first, columns);
   Sums<A, 2> sum = group.sum(
       row.project([&](int k, A(&w)[kLanes<T>]) { load_parameter<T>(a.weight, strip.first, columns, k, A(1), w); }));
   auto* of_row = reinterpret_cast<Sums<A, 2>*>(a.projections) + strip.r * a.strips;
@@ -280,6 +276,17 @@ __global__ void __launch_bounds__(kStripThreads, 1) project_strips(const Backwar
   const A inverse_count = A(1) / static_cast<A>(a.C);
   auto* mean = a.projections + (a.R * a.strips + strip.r) * 2;
   if (threadIdx.x < 2) mean[threadIdx.x] = (threadIdx.x ? sum.at[1] : sum.at[0]) * inverse_count;
+}
+
+// First launch of two for wide rows.
+template <bool Center, class T, int Width>
+__global__ void __launch_bounds__(kStripThreads, 1) project_strips(const Backward<T> a) {
+  Group group(blockDim.x);
+  const Strip<T> strip(blockIdx.x, a.strips, a.C, kBackwardVectors);
+  const Columns<Width> columns{strip.count, a.lanes, group.rank};
+  RowPair<Center, T, kBackwardVectors> row;
+  row.template load<Cache::kKeep>(a, strip.r, strip.first, columns);
+  project_strip(a, row, strip, columns, group);
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
