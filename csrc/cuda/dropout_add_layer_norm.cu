@@ -11,7 +11,9 @@
 //              wider      strips: projections, then gradients; dy and the sum again, from L2 while
 //                         they fit                                                                     5 or 7 R C s
 //
-// Rows that are not aligned to 16 bytes are held by twice the threads, and draw a random block for every element.
+// Of rows that are not aligned to 16 bytes the elements of one random block would be spread over threads. There the sum
+// is made, and the gradient dropped, by a launch of its own that knows no rows: R C s bytes more, from L2 while they
+// fit.
 #include "math/dropout.h"
 #include "math/philox.h"
 #include "row_norm_backward.cuh"
@@ -19,7 +21,10 @@
 
 namespace fusedtricks::cuda {
 
-// ---- dropout of what a thread holds ---------------------------------------------------------------------------------
+// ---- dropout --------------------------------------------------------------------------------------------------------
+
+inline constexpr int kPlainThreads = 256;
+inline constexpr int kOfBlock = 8;  // elements that share a random block
 
 template <class A>
 struct Dropping {
@@ -27,25 +32,40 @@ struct Dropping {
   uint32_t keep;
   A scale;
 
-  // Of vector k of T, whose row (or strip) begins with element number `first`. A wide access begins at a multiple of
-  // its width, so one random block has the bits of all of it.
-  template <class T, int Width>
-  __device__ __forceinline__ void operator()(const Columns<Width>& columns, int k, int64_t first,
-                                             A (&value)[kLanes<T>]) const {
+  // Of elements number `first` on, which share a random block.
+  template <int Count>
+  __device__ __forceinline__ void operator()(int64_t first, A (&value)[Count]) const {
     if (!seed) return;
+    const RandomBlock random(static_cast<uint64_t>(__ldg(seed)), static_cast<uint64_t>(first / kOfBlock));
+    const int skip = Count == kOfBlock ? 0 : static_cast<int>(first % kOfBlock);
 #pragma unroll
-    for (int p = 0; p < kLanes<T> / Width; ++p) {
-      const uint64_t at = static_cast<uint64_t>(first + columns.template column<T>(k, p));
-      const RandomBlock random(static_cast<uint64_t>(__ldg(seed)), at / 8);
-      const int skip = Width == 8 ? 0 : static_cast<int>(at % 8);
-#pragma unroll
-      for (int i = 0; i < Width; ++i) {
-        A& v = value[p * Width + i];
-        v = dropped(v, random.half(skip + i), keep, scale);
-      }
-    }
+    for (int i = 0; i < Count; ++i) value[i] = dropped(value[i], random.half(skip + i), keep, scale);
   }
 };
+
+// z = dropout(x) + residual, or dropout(x) where there is none, of n elements in counting order. z may be x.
+template <class T, int Width, class A = Acc<T>>
+__global__ void __launch_bounds__(kPlainThreads)
+    add_elements(const T* x, const T* residual, T* z, int64_t n, const Dropping<A> drop) {
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kOfBlock;
+  alignas(kVectorBytes) T own[kOfBlock] = {}, other[kOfBlock] = {};
+#pragma unroll
+  for (int i = 0; i < kOfBlock; i += Width) {
+    if (first + i >= n) continue;
+    load<Width, Cache::kStream>(x + first + i, own + i);
+    if (residual) load<Width, Cache::kStream>(residual + first + i, other + i);
+  }
+  A value[kOfBlock];
+#pragma unroll
+  for (int i = 0; i < kOfBlock; ++i) value[i] = widen(own[i]);
+  drop(first, value);
+#pragma unroll
+  for (int i = 0; i < kOfBlock; ++i) own[i] = narrow<T>(value[i] + widen(other[i]));
+#pragma unroll
+  for (int i = 0; i < kOfBlock; i += Width) {
+    if (first + i < n) store<Width, Cache::kKeep>(own + i, z + first + i);
+  }
+}
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -58,14 +78,13 @@ struct SumForward : Forward<T> {  // y, x and stats are plain; of stats there ar
 };
 
 inline constexpr int kSumThreads = 512;
-template <class T, int Width>
-inline constexpr int kSumVectors = Width == kLanes<T> ? kForwardVectors : kForwardVectors / 2;
 
-// z = dropout(x) + residual, rounded, from element number `first` on.
+// z = dropout(x) + residual, rounded, from element number `first` on. Of rows without alignment z is there already.
 template <Cache cache, class T, int Width, int N>
 __device__ __forceinline__ void add_residual(const SumForward<T>& a, int64_t first, const Columns<Width>& columns,
                                              InRegisters<T, N>& tile) {
   using A = Acc<T>;
+  if constexpr (Width < kLanes<T>) return tile.template load<cache>(a.z + first, columns);
   InRegisters<T, N> residual;
   tile.template load<Cache::kStream>(a.x + first, columns);
   residual.template load<Cache::kStream>(a.residual + first, columns);
@@ -74,7 +93,7 @@ __device__ __forceinline__ void add_residual(const SumForward<T>& a, int64_t fir
     A value[kLanes<T>];
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) value[i] = widen(tile.v[k].at[i]);
-    a.drop.template operator()<T>(columns, k, first, value);
+    a.drop(first + columns.template column<T>(k, 0), value);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) value[i] += widen(residual.v[k].at[i]);
     narrow(value, tile.v[k]);
@@ -95,24 +114,29 @@ __device__ __forceinline__ void store_sum_stats(const SumForward<T>& a, int64_t 
   a.center ? store_stats<true>(a.stats, a.R, r, n) : store_stats<false>(a.stats, a.R, r, n);
 }
 
+template <class Sum>
+__device__ __forceinline__ auto load_sum_stats(const Sum& a, int64_t r) {
+  return a.center ? load_stats<true>(a.stats, a.R, r) : load_stats<false>(a.stats, a.R, r);
+}
+
 template <class T, int Width>
 __global__ void __launch_bounds__(kSumThreads, 1) normalize_sums(const SumForward<T> a) {
   Group group(a.lanes);
   const int64_t r = static_cast<int64_t>(blockIdx.x) * (blockDim.x / a.lanes) + threadIdx.x / a.lanes;
   const int64_t first = r < a.R ? r * a.C : 0;
   const Columns<Width> columns{r < a.R ? static_cast<int>(a.C) : 0, a.lanes, group.rank};
-  InRegisters<T, kSumVectors<T, Width>> tile;
+  InRegisters<T, kForwardVectors> tile;
   add_residual<Cache::kStream>(a, first, columns, tile);
   const auto n = measure_sum(a, tile, columns, a.C, group).normalize(a.eps);
   if (r < a.R && group.rank == 0) store_sum_stats(a, r, n);
   write_normalized<true, T>(a, tile, columns, n, a.y + first, 0);
 }
 
-// First launch of two for wide rows: the sum and its statistics; normalize_strips is the second.
+// First launch of two for wide rows: the sum and its statistics.
 template <class T, int Width>
 __global__ void __launch_bounds__(kStripThreads, 1) add_strips(const SumForward<T> a) {
   using A = Acc<T>;
-  constexpr int N = kSumVectors<T, Width>;
+  constexpr int N = kForwardVectors;
   Group group(blockDim.x);
   const Strip<T> strip(blockIdx.x, a.strips, a.C, N);
   const Columns<Width> columns{strip.count, a.lanes, group.rank};
@@ -125,6 +149,17 @@ __global__ void __launch_bounds__(kStripThreads, 1) add_strips(const SumForward<
   const int64_t length = static_cast<int64_t>(blockDim.x) * N * kLanes<T>;
   const auto n = join_moments<true, T>(a, of_row, length, group).normalize(a.eps);
   if (threadIdx.x == 0) store_sum_stats(a, strip.r, n);
+}
+
+// Second launch, in the opposite order, because the end of z is what L2 still holds.
+template <class T, int Width>
+__global__ void __launch_bounds__(kStripThreads, 1) normalize_sum_strips(const SumForward<T> a) {
+  const Strip<T> strip(gridDim.x - 1 - blockIdx.x, a.strips, a.C, kForwardVectors);
+  const Columns<Width> columns{strip.count, a.lanes, static_cast<int>(threadIdx.x)};
+  const int64_t first = strip.r * a.C + strip.first;
+  InRegisters<T, kForwardVectors> tile;
+  tile.template load<Cache::kStream>(a.z + first, columns);
+  write_normalized<true, T>(a, tile, columns, load_sum_stats(a, strip.r), a.y + first, strip.first);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -147,11 +182,23 @@ struct SumRow : RowPair<true, T, N> {
     const Columns<Width> live{r < a.R ? columns.count : 0, columns.lanes, columns.lane};
     this->dy.template load<Cache::kStream>(a.dy + a.rows.offset(2, a.rows.place(row)) + first, live);
     this->x.template load<Cache::kStream>(a.x + row * a.C + first, live);
-    this->n = a.center ? load_stats<true>(a.stats, a.R, row) : load_stats<false>(a.stats, a.R, row);
+    this->n = load_sum_stats(a, row);
   }
 };
 
-// backward_rows with the gradient that came to z itself added and the sum stored twice, the second time dropped.
+// First launch of two for wide rows. Without `center`, mean(g) is left out by whoever reads it.
+template <class T, int Width>
+__global__ void __launch_bounds__(kStripThreads, 1) project_sum_strips(const SumBackward<T> a) {
+  Group group(blockDim.x);
+  const Strip<T> strip(blockIdx.x, a.strips, a.C, kBackwardVectors);
+  const Columns<Width> columns{strip.count, a.lanes, group.rank};
+  SumRow<T, kBackwardVectors> row;
+  row.load(a, strip.r, strip.first, columns);
+  project_strip(static_cast<const Backward<T>&>(a), row, strip, columns, group);
+}
+
+// backward_rows with the gradient that came to z itself added, and the sum stored twice: the second time dropped, where
+// rows are aligned.
 template <class T, int Width>
 __global__ void __launch_bounds__(kBackwardThreads<T, Width>, 1) split_gradients(const SumBackward<T> a) {
   using A = Acc<T>;
@@ -182,8 +229,9 @@ __global__ void __launch_bounds__(kBackwardThreads<T, Width>, 1) split_gradients
       if (r < a.R) mean = {__ldg(of_row), __ldg(of_row + 1)};
     } else if (through) {
       mean = group.sum(row.project(weight));
-      mean = {a.center ? mean.at[0] * inverse_count : A(0), mean.at[1] * inverse_count};
+      mean = {mean.at[0] * inverse_count, mean.at[1] * inverse_count};
     }
+    if (!a.center) mean.at[0] = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       A dy[kLanes<T>], product[kLanes<T>], value[kLanes<T>];
@@ -203,10 +251,12 @@ __global__ void __launch_bounds__(kBackwardThreads<T, Width>, 1) split_gradients
       narrow(value, out);
       if (a.dx) written.template store<T, Cache::kStream>(out.at, k, a.dx + first);
       if (!a.dropped) continue;
+      if constexpr (Width == kLanes<T>) {
 #pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) value[i] = widen(out.at[i]);
-      a.drop.template operator()<T>(columns, k, first, value);
-      narrow(value, out);
+        for (int i = 0; i < kLanes<T>; ++i) value[i] = widen(out.at[i]);
+        a.drop(first + columns.template column<T>(k, 0), value);
+        narrow(value, out);
+      }
       written.template store<T, Cache::kStream>(out.at, k, a.dropped + first);
     }
   }
@@ -230,6 +280,18 @@ void with_row_width(int64_t C, const RowMap<K>& rows, std::initializer_list<cons
 }
 
 template <class T>
+void launch_elements(const Device& device, const T* x, const T* residual, T* z, int64_t n,
+                     const Dropping<Acc<T>>& drop) {
+  bool aligned = n % kLanes<T> == 0;
+  for (const T* tensor : {x, residual, static_cast<const T*>(z)}) {
+    aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % kVectorBytes == 0;
+  }
+  const int threads = std::min(device.threads_per_block(), kPlainThreads);
+  const int64_t blocks = ceil_div(n, int64_t{threads} * kOfBlock);
+  device.launch(aligned ? add_elements<T, kLanes<T>> : add_elements<T, 1>, blocks, threads, 0, x, residual, z, n, drop);
+}
+
+template <class T>
 Dropping<Acc<T>> dropping(const MaybeTensor& seed, int64_t keep) {
   return {seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, static_cast<uint32_t>(keep),
           dropout_scale<Acc<T>>(keep)};
@@ -237,26 +299,23 @@ Dropping<Acc<T>> dropping(const MaybeTensor& seed, int64_t keep) {
 
 template <class T, int Width, class A = Acc<T>>
 void launch_forward(const Device& device, SumForward<T> a, const Tensor& x) {
+  if constexpr (Width < kLanes<T>) launch_elements(device, a.x, a.residual, a.z, a.R * a.C, a.drop);
   const int threads = std::min(device.threads_per_block(), kSumThreads);
-  const int64_t lanes = lanes_for<T>(a.C, kSumVectors<T, Width>);
+  const int64_t lanes = lanes_for<T>(a.C, kForwardVectors);
   if (lanes <= threads) {
     a.lanes = static_cast<int>(lanes);
     const int block = block_for(a.lanes, std::min(threads, 128));
     return device.launch(normalize_sums<T, Width>, ceil_div(a.R, block / a.lanes), block, 0, a);
   }
   a.lanes = std::min(threads, kStripThreads);
-  a.strips = ceil_div(a.C, int64_t{a.lanes} * kSumVectors<T, Width> * kLanes<T>);
+  a.strips = ceil_div(a.C, int64_t{a.lanes} * kForwardVectors * kLanes<T>);
   const Tensor moments = empty({a.R, a.strips, 4}, scalar_type<A>, x);
   const Tensor counters = empty({a.R}, ScalarType::Int, x);
   a.moments = static_cast<A*>(moments.mutable_data_ptr());
   a.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
   device.zero(a.counters, a.R * sizeof(unsigned));
   device.launch(add_strips<T, Width>, a.R * a.strips, a.lanes, 0, a);
-  Forward<T> second = a;
-  second.x = a.z;
-  second.strips = ceil_div(a.C, int64_t{a.lanes} * kForwardVectors * kLanes<T>);
-  const auto normalize = a.center ? normalize_strips<true, T, Width> : normalize_strips<false, T, Width>;
-  device.launch(normalize, a.R * second.strips, a.lanes, 0, second);
+  device.launch(normalize_sum_strips<T, Width>, a.R * a.strips, a.lanes, 0, a);
 }
 
 std::tuple<Tensor, Tensor, Tensor> dropout_add_layer_norm_fwd(const Tensor& x, const Tensor& residual,
@@ -320,12 +379,14 @@ void launch_backward(const Device& device, SumBackward<T> a, const Tensor& z) {
   if (row_counters) {
     projections = empty({a.R * (a.strips + 1), 2}, scalar_type<A>, z);
     a.projections = static_cast<A*>(projections.mutable_data_ptr());
-    const auto project = a.center ? project_strips<true, T, Width> : project_strips<false, T, Width>;
-    device.launch(project, a.R * a.strips, a.lanes, 0, static_cast<const Backward<T>&>(a));
+    device.launch(project_sum_strips<T, Width>, a.R * a.strips, a.lanes, 0, a);
     a.counters += a.R;
   }
   const int64_t joined = a.lanes < block ? a.lanes * N * kLanes<T> * 2 * int64_t{sizeof(A)} : 0;
   device.launch(split_gradients<T, Width>, a.row_blocks * a.strips, block, joined, a);
+  if constexpr (Width < kLanes<T>) {
+    if (a.dropped && a.drop.seed) launch_elements<T>(device, a.dropped, nullptr, a.dropped, a.R * a.C, a.drop);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_bwd(const Tensor& grad, const MaybeTensor& dz,

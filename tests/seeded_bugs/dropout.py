@@ -45,6 +45,6 @@ NATIVE_BUGS = {
 
 CUDA_BUGS = {
     "vectors share the first half of a random block": NativeBug(
-        "cuda/dropout_add_layer_norm.cu", "static_cast<int>(at % 8)", "0", "dropout_add_layer_norm"
+        "cuda/dropout_add_layer_norm.cu", "static_cast<int>(first % kOfBlock)", "0", "dropout_add_layer_norm"
     ),
 }
