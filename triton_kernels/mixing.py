@@ -3,6 +3,9 @@
 A program holds some columns of every sample on chip, so each sample is read once and written once whatever the
 permutation, and mixing in place is safe. Batches of more samples than fit are mixed sample by sample; the partner is
 then read again, from L2 where its columns were read shortly before.
+
+Forward and backward go over the samples j with their partners i = perm[j]: forward writes sample j, backward sample i.
+A partner outside the batch makes its sample NaN, and has no gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ COLUMNS = 1024  # of a program that mixes a part of one sample
 
 @triton.jit
 def of_partner(value, pointer, at, partner, live, ON_CHIP: tl.constexpr):
-    """What `value`, loaded from pointer + at, is for each sample's partner."""
+    """`value` of each sample's partner, at pointer + at."""
     if ON_CHIP:
         return tl.gather(value, partner, 0)
     else:
@@ -35,45 +38,65 @@ def within(edges_low, edges_high, place):
 
 
 @triton.jit
-def mixed(
-    own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W,
-    ONE: tl.constexpr, BACKWARD: tl.constexpr, ON_CHIP: tl.constexpr,
-):  # fmt: skip
-    """The formulas of fusedtricks/ops/mixup.py (`lam` given) and cutmix.py. In BACKWARD `partner` is by the inverse.
+def edges(box, sample, live):
+    """Top, bottom, left and right of the boxes of these samples."""
+    return (
+        tl.load(box + sample * 4, mask=live, other=0).to(tl.int32),
+        tl.load(box + sample * 4 + 1, mask=live, other=0).to(tl.int32),
+        tl.load(box + sample * 4 + 2, mask=live, other=0).to(tl.int32),
+        tl.load(box + sample * 4 + 3, mask=live, other=0).to(tl.int32),
+    )
 
-    Of cutmix, a line has W pixels of `inner` elements and an image H lines.
-    """
+
+@triton.jit
+def weights(lam, box, sample, partner, live, ONE: tl.constexpr, BACKWARD: tl.constexpr, ON_CHIP: tl.constexpr):
+    """What `mixed` needs of each sample, and of its partner: lam (as the first of four) or the edges of the box."""
     if ONE:
         sample, partner = tl.zeros_like(sample), tl.zeros_like(partner)
     if lam is not None:
-        own, other = own.to(tl.float32), other.to(tl.float32)
         weight = tl.load(lam + sample, mask=live, other=0.0)
-        theirs = weight
+        mine = (weight, weight, weight, weight)
+        theirs = mine
         if BACKWARD and not ONE:
-            theirs = of_partner(weight, lam, partner, partner, live, ON_CHIP)
-        value = weight[:, None] * own + (1 - theirs)[:, None] * other
+            weight = of_partner(weight, lam, partner, partner, live, ON_CHIP)
+            theirs = (weight, weight, weight, weight)
+    else:
+        mine = edges(box, sample, live)
+        theirs = mine
+        if BACKWARD and not ONE:
+            theirs = (
+                of_partner(mine[0], box, partner * 4, partner, live, ON_CHIP).to(tl.int32),
+                of_partner(mine[1], box, partner * 4 + 1, partner, live, ON_CHIP).to(tl.int32),
+                of_partner(mine[2], box, partner * 4 + 2, partner, live, ON_CHIP).to(tl.int32),
+                of_partner(mine[3], box, partner * 4 + 3, partner, live, ON_CHIP).to(tl.int32),
+            )
+    return mine, theirs
+
+
+@triton.jit
+def mixed(value, other, mine, theirs, column, lam, scale, shift, channels, inner, H, W, BACKWARD: tl.constexpr):
+    """The formulas of fusedtricks/ops/mixup.py (`lam` given) and cutmix.py, of samples and their partners.
+
+    Of cutmix, a line has W pixels of `inner` elements and an image H lines.
+    """
+    if lam is not None:
+        value, other = value.to(tl.float32), other.to(tl.float32)
+        if BACKWARD:
+            result = theirs[0][:, None] * other + (1 - mine[0])[:, None] * value
+        else:
+            result = mine[0][:, None] * value + (1 - mine[0])[:, None] * other
         if scale is not None:
             channel = (column // inner) % channels
-            value = value * tl.load(scale + channel)[None, :] + tl.load(shift + channel)[None, :]
+            result = result * tl.load(scale + channel)[None, :] + tl.load(shift + channel)[None, :]
     else:
         x, y = (column // inner) % W, (column // (inner * W)) % H
-        top = tl.load(box + sample * 4, mask=live, other=0).to(tl.int32)
-        bottom = tl.load(box + sample * 4 + 1, mask=live, other=0).to(tl.int32)
-        left = tl.load(box + sample * 4 + 2, mask=live, other=0).to(tl.int32)
-        right = tl.load(box + sample * 4 + 3, mask=live, other=0).to(tl.int32)
-        mine = within(top, bottom, y) & within(left, right, x)
+        inside = within(mine[0], mine[1], y) & within(mine[2], mine[3], x)
         if BACKWARD:
-            theirs = mine
-            if not ONE:
-                top = of_partner(top, box, partner * 4, partner, live, ON_CHIP).to(tl.int32)
-                bottom = of_partner(bottom, box, partner * 4 + 1, partner, live, ON_CHIP).to(tl.int32)
-                left = of_partner(left, box, partner * 4 + 2, partner, live, ON_CHIP).to(tl.int32)
-                right = of_partner(right, box, partner * 4 + 3, partner, live, ON_CHIP).to(tl.int32)
-                theirs = within(top, bottom, y) & within(left, right, x)
-            value = tl.where(mine, 0.0, own.to(tl.float32)) + tl.where(theirs, other.to(tl.float32), 0.0)
+            cut = within(theirs[0], theirs[1], y) & within(theirs[2], theirs[3], x)
+            result = tl.where(cut, 0.0, other.to(tl.float32)) + tl.where(inside, value.to(tl.float32), 0.0)
         else:
-            value = tl.where(mine, other.to(tl.float32), own.to(tl.float32))
-    return value
+            result = tl.where(inside, other.to(tl.float32), value.to(tl.float32))
+    return result
 
 
 # One compiled kernel serves every size; `D_of` counts ALIGN elements, for vector accesses.
@@ -84,23 +107,28 @@ SIZES = ["N", "D_of", "channels", "inner", "H", "W", "chunks"]
 def mix_columns(
     x, y, lam, perm, box, scale, shift, N, D_of, channels, inner, H, W,
     ONE: tl.constexpr, BACKWARD: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STRIPS: tl.constexpr,
 ):  # fmt: skip
     D = D_of * ALIGN
     sample = tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     live = sample < N
-    mask = live[:, None] & (column < D)[None, :]
-    at = sample.to(tl.int64)[:, None] * D + column[None, :]
-    own = tl.load(x + at, mask=mask, other=0)
     partner = tl.load(perm + sample, mask=live, other=0).to(tl.int32)
     exists = (partner >= 0) & (partner < N)
     partner = tl.where(exists, partner, 0)
-    # The barrier inside gather also keeps stores behind every load, which makes mixing in place safe.
-    other = tl.gather(own, tl.broadcast_to(partner[:, None], (ROWS, COLUMNS)), 0)
-    value = mixed(
-        own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W, ONE, BACKWARD, True
-    )
-    tl.store(y + at, tl.where(exists[:, None], value, float("nan")), mask=mask)
+    mine, theirs = weights(lam, box, sample, partner, live, ONE, BACKWARD, True)
+    for strip in range(STRIPS):
+        column = (tl.program_id(0) * STRIPS + strip) * COLUMNS + tl.arange(0, COLUMNS)
+        mask = live[:, None] & (column < D)[None, :]
+        at = sample.to(tl.int64)[:, None] * D + column[None, :]
+        value = tl.load(x + at, mask=mask, other=0)
+        # The barrier inside gather also keeps stores behind every load, which makes mixing in place safe.
+        other = tl.gather(value, tl.broadcast_to(partner[:, None], (ROWS, COLUMNS)), 0)
+        result = mixed(value, other, mine, theirs, column, lam, scale, shift, channels, inner, H, W, BACKWARD)
+        if BACKWARD:
+            to = partner.to(tl.int64)[:, None] * D + column[None, :]
+            tl.store(y + to, result, mask=mask & exists[:, None])
+        else:
+            tl.store(y + at, tl.where(exists[:, None], result, float("nan")), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -115,13 +143,15 @@ def mix_samples(
     partner = tl.load(perm + sample).to(tl.int32)
     exists = (partner >= 0) & (partner < N)
     partner = tl.where(exists, partner, 0)
-    own = tl.load(x + sample.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0)
-    other = tl.load(x + partner.to(tl.int64)[:, None] * D + column[None, :], mask=mask, other=0)
-    value = mixed(
-        own, other, sample, partner, column, live, lam, box, scale, shift, channels, inner, H, W, ONE, BACKWARD, False
-    )
     at = sample.to(tl.int64)[:, None] * D + column[None, :]
-    tl.store(y + at, tl.where(exists[:, None], value, float("nan")), mask=mask)
+    to = partner.to(tl.int64)[:, None] * D + column[None, :]
+    mine, theirs = weights(lam, box, sample, partner, live, ONE, BACKWARD, False)
+    value, other = tl.load(x + at, mask=mask, other=0), tl.load(x + to, mask=mask, other=0)
+    result = mixed(value, other, mine, theirs, column, lam, scale, shift, channels, inner, H, W, BACKWARD)
+    if BACKWARD:
+        tl.store(y + to, result, mask=mask & exists[:, None])
+    else:
+        tl.store(y + at, tl.where(exists[:, None], result, float("nan")), mask=mask)
 
 
 def dense_samples(x: Tensor, y: Tensor) -> bool:
@@ -173,10 +203,16 @@ def plan(
         elements = min(elements, 8192) if backward and rows == 512 else elements  # sm_80 would spill
         columns = min(max(16, elements // rows), triton.next_power_of_2(D))
         warps = 16 if rows == 512 or rows * columns > 8192 else 8
-        args |= {"ROWS": rows, "COLUMNS": columns}
+        # Partner and weight (or box) are read once for so many strips that they are a tenth of the traffic at most, if
+        # that leaves every multiprocessor a program.
+        strips, programs, each = 1, triton.cdiv(D, columns), 12 if box is None else 40
+        enough = programs // (2 * common.processors(x.device))
+        while 2 * strips * columns * y.element_size() < 10 * each and strips <= enough:
+            strips *= 2
+        args |= {"ROWS": rows, "COLUMNS": columns, "STRIPS": strips}
         # Unasked, ptxas spills a few registers here to fit one more program.
         registers = 160 if backward and box is not None and rows == 256 else None
-        return Launch(mix_columns, triton.cdiv(D, columns), args, warps, registers)
+        return Launch(mix_columns, triton.cdiv(programs, strips), args, warps, registers)
     columns = min(COLUMNS, triton.next_power_of_2(D))
     chunks = triton.cdiv(D, columns)
     return Launch(mix_samples, N * chunks, args | {"chunks": chunks, "COLUMNS": columns}, max(1, columns // 256))
@@ -195,7 +231,3 @@ def run(x: Tensor, y: Tensor, perm: Tensor, **given: Tensor | bool | None) -> No
     out = torch.empty(x.shape, dtype=y.dtype, device=y.device)
     plan(plain, out, perm, **given)(x.device)
     y.copy_(out)
-
-
-def inverse(perm: Tensor) -> Tensor:
-    return torch.empty_like(perm).scatter_(0, perm, torch.arange(perm.shape[0], device=perm.device))
