@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, transforming
+from fusedtricks._op import Op, differentiating, transforming
 from fusedtricks.ops import _mixing, _norm, mixup
 from fusedtricks.ops._target import MixedTarget
 
@@ -55,7 +55,8 @@ class _CutMix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = _CutMixBackward.apply(dy, *ctx.saved_tensors)
+        backward = _CutMixBackward.apply if differentiating() else cutmix_bwd
+        dx = backward(dy, *ctx.saved_tensors)
         return _norm.laid_out(dx, ctx.strides), None, None
 
 

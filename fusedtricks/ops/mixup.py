@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, transforming
+from fusedtricks._op import Op, differentiating, transforming
 from fusedtricks.ops import _mixing, _norm
 from fusedtricks.ops._target import MixedTarget
 
@@ -68,7 +68,8 @@ class _Mixup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = _MixupBackward.apply(dy, *ctx.saved_tensors)
+        backward = _MixupBackward.apply if differentiating() else mixup_bwd
+        dx = backward(dy, *ctx.saved_tensors)
         return _norm.laid_out(dx, ctx.strides), None, None, None
 
 

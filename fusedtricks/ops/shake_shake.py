@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, transforming
+from fusedtricks._op import Op, differentiating, transforming
 from fusedtricks.ops import _mixing, _norm
 
 # y = alpha x1 + (1 - alpha) x2; dx1 = beta dy, dx2 = (1 - beta) dy. alpha and beta have one element or one for each
@@ -56,7 +56,8 @@ class _ShakeShake(torch.autograd.Function):
         (beta,) = ctx.saved_tensors
         if beta is None:
             beta = draw(dy, ctx.per_sample, ctx.generator)
-        grads = _ShakeShakeBackward.apply(dy, beta)
+        backward = _ShakeShakeBackward.apply if differentiating() else shake_shake_bwd
+        grads = backward(dy, beta)
         return *(_norm.laid_out(g, s) for g, s in zip(grads, ctx.strides, strict=True)), *[None] * 3
 
 
