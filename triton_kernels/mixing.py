@@ -200,7 +200,9 @@ def plan(
         rows = triton.next_power_of_2(N)
         # Both boxes of the backward of cutmix take registers.
         elements = BYTES // (2 if backward and box is not None else 1) // y.element_size()
-        elements = min(elements, 8192) if backward and rows == 512 else elements  # sm_80 would spill
+        elements = (
+            min(elements, 8192) if backward and rows == 512 and box is not None else elements
+        )  # sm_80 would spill
         columns = min(max(16, elements // rows), triton.next_power_of_2(D))
         warps = 16 if rows == 512 or rows * columns > 8192 else 8
         # Partner and weight (or box) are read once for so many strips that they are a tenth of the traffic at most, if
@@ -210,8 +212,8 @@ def plan(
         while 2 * strips * columns * y.element_size() < 10 * each and strips <= enough:
             strips *= 2
         args |= {"ROWS": rows, "COLUMNS": columns, "STRIPS": strips}
-        # Unasked, ptxas spills a few registers here to fit one more program.
-        registers = 160 if backward and box is not None and rows == 256 else None
+        # Unasked, ptxas spills a few registers to fit one more program: backward of mixup, forward of cutmix.
+        registers = 224 if rows == 256 and backward == (box is None) else None
         return Launch(mix_columns, triton.cdiv(programs, strips), args, warps, registers)
     columns = min(COLUMNS, triton.next_power_of_2(D))
     chunks = triton.cdiv(D, columns)
