@@ -197,10 +197,13 @@ __global__ void __launch_bounds__(kStripThreads, 1) project_sum_strips(const Sum
   project_strip(static_cast<const Backward<T>&>(a), row, strip, columns, group);
 }
 
+template <class T, int Width>
+inline constexpr int kSplitThreads = Width == kLanes<T> ? 512 : 256;
+
 // backward_rows with the gradient that came to z itself added, and the sum stored twice: the second time dropped, where
 // rows are aligned.
 template <class T, int Width>
-__global__ void __launch_bounds__(kBackwardThreads<T, Width>, 1) split_gradients(const SumBackward<T> a) {
+__global__ void __launch_bounds__(kSplitThreads<T, Width>, 1) split_gradients(const SumBackward<T> a) {
   using A = Acc<T>;
   constexpr int N = kBackwardVectors;
   Group group(a.lanes);
@@ -357,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor> dropout_add_layer_norm_fwd(const Tensor& x, c
 template <class T, int Width, class A = Acc<T>>
 void launch_backward(const Device& device, SumBackward<T> a, const Tensor& z) {
   constexpr int N = kBackwardVectors;
-  const int threads = std::min(device.threads_per_block(), kBackwardThreads<T, Width>);
+  const int threads = std::min(device.threads_per_block(), kSplitThreads<T, Width>);
   const int64_t lanes = lanes_for<T>(a.C, N);
   const bool whole = lanes <= threads, parameters = a.dweight || a.dbias, through = a.dx || a.dropped;
   a.lanes = static_cast<int>(whole ? lanes : std::min(threads, kStripThreads));
