@@ -80,11 +80,11 @@ struct SumForward : Forward<T> {  // y, x and stats are plain; of stats there ar
 inline constexpr int kSumThreads = 512;
 
 // z = dropout(x) + residual, rounded, from element number `first` on. Of rows without alignment z is there already.
-template <Cache cache, class T, int Width, int N>
+template <class T, int Width, int N>
 __device__ __forceinline__ void add_residual(const SumForward<T>& a, int64_t first, const Columns<Width>& columns,
                                              InRegisters<T, N>& tile) {
   using A = Acc<T>;
-  if constexpr (Width < kLanes<T>) return tile.template load<cache>(a.z + first, columns);
+  if constexpr (Width < kLanes<T>) return tile.template load<Cache::kKeep>(a.z + first, columns);
   InRegisters<T, N> residual;
   tile.template load<Cache::kStream>(a.x + first, columns);
   residual.template load<Cache::kStream>(a.residual + first, columns);
@@ -97,7 +97,7 @@ __device__ __forceinline__ void add_residual(const SumForward<T>& a, int64_t fir
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) value[i] += widen(residual.v[k].at[i]);
     narrow(value, tile.v[k]);
-    columns.template store<T, cache>(tile.v[k].at, k, a.z + first);
+    columns.template store<T, Cache::kStream>(tile.v[k].at, k, a.z + first);
   }
 }
 
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kSumThreads, 1) normalize_sums(const SumForwar
   const int64_t first = r < a.R ? r * a.C : 0;
   const Columns<Width> columns{r < a.R ? static_cast<int>(a.C) : 0, a.lanes, group.rank};
   InRegisters<T, kForwardVectors> tile;
-  add_residual<Cache::kStream>(a, first, columns, tile);
+  add_residual(a, first, columns, tile);
   const auto n = measure_sum(a, tile, columns, a.C, group).normalize(a.eps);
   if (r < a.R && group.rank == 0) store_sum_stats(a, r, n);
   write_normalized<true, T>(a, tile, columns, n, a.y + first, 0);
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) add_strips(const SumForward<
   const Strip<T> strip(blockIdx.x, a.strips, a.C, N);
   const Columns<Width> columns{strip.count, a.lanes, group.rank};
   InRegisters<T, N> tile;
-  add_residual<Cache::kKeep>(a, strip.r * a.C + strip.first, columns, tile);
+  add_residual(a, strip.r * a.C + strip.first, columns, tile);
   auto* of_row = reinterpret_cast<Moments<A>*>(a.moments) + strip.r * a.strips;
   const auto moments = measure_sum(a, tile, columns, strip.count, group);
   if (threadIdx.x == 0) of_row[strip.s] = moments;
