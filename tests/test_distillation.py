@@ -1,4 +1,4 @@
-"""distillation_loss against its definition in float64."""
+"""distillation_loss beyond the parity sweep: every kind of target and teacher, extreme shares, errors."""
 
 from __future__ import annotations
 
@@ -6,40 +6,68 @@ from typing import Any
 
 import pytest
 import torch
+from cases.distillation import torchs
+from parity import assert_no_worse, assert_within, largest
 from sweep import INTERPRETED
 from torch import Tensor
 
 import fusedtricks
 from fusedtricks import MixedTarget
-from fusedtricks.functional import cross_entropy, distillation_loss
+from fusedtricks.functional import distillation_loss
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="its kernels are those of cross_entropy")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the parity sweep runs the kernels")
 inf = float("inf")
+KINDS = ["none", "hard", "pair", "probabilities"]
 
 
-def definition(student: Tensor, teacher: Tensor, target: Any, temperature: float, alpha: float) -> Tensor:
-    log_p, log_s = ((t / temperature).log_softmax(1) for t in (teacher, student))
-    p = log_p.exp()
-    kl = torch.where(p > 0, p * (log_p - log_s), 0.0).sum(1).mean()
-    loss = alpha * temperature**2 * kl
-    return loss if target is None else loss + (1 - alpha) * cross_entropy(student, target)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("kind", ["none", "hard", "pair"])
-@pytest.mark.parametrize("size", [(6, 40), (6, 5, 3)], ids=str)
-def test_against_the_definition(size: tuple[int, ...], kind: str, alpha: float, temperature: float) -> None:
-    student, teacher = (torch.randn(size, dtype=torch.float64, requires_grad=True) for _ in range(2))
+def target_of(kind: str, size: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Any:
     a, b = (torch.randint(size[1], (size[0], *size[2:])) for _ in range(2))
-    target: Any = {"none": None, "hard": a}.get(kind, MixedTarget(a, b, torch.rand(6, dtype=torch.float64)))
-    ours, theirs = (fn(student, teacher, target, temperature, alpha) for fn in (distillation_loss, definition))
-    torch.testing.assert_close(ours, theirs)
-    grads = (torch.autograd.grad(y, (student, teacher), retain_graph=True) for y in (ours, theirs))
-    torch.testing.assert_close(*grads)
-    low = distillation_loss(student.bfloat16(), teacher.bfloat16(), target, temperature, alpha)
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.double(), theirs, rtol=0.05, atol=0.05)
+    lam, soft = torch.rand(size[0], dtype=dtype), torch.rand(size, dtype=dtype)
+    return {"none": None, "hard": a, "pair": MixedTarget(a, b, lam), "probabilities": soft}[kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(6, 40), (6, 5, 3)], ids=str)
+def test_no_further_from_float64_than_torch(size: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    given, target = [torch.randn(size).to(dtype) for _ in range(2)], target_of(kind, size, dtype)
+
+    def run(fn: Any, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in given]
+        t = target.to(dtype) if kind == "probabilities" else target
+        loss = fn(*inputs, t, 4.0, 0.3)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    for i, (ours, theirs, truth) in enumerate(
+        zip(run(distillation_loss, dtype), run(torchs, dtype), run(torchs, torch.float64), strict=True)
+    ):
+        assert_no_worse(ours, theirs, truth, name=f"result {i}")
+        if dtype.itemsize == 2:  # torch computes in 16 bits, which excuses much: of ours, only the result is rounded
+            assert_within(ours, truth, 0.75 * torch.finfo(dtype).eps * largest(truth), name=f"result {i}")
+
+
+def test_gradients_of_the_target_and_second_derivatives() -> None:
+    for kind in KINDS:
+        student, teacher = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        target, inputs = target_of(kind, (2, 3)), [student, teacher]
+        if kind in ("pair", "probabilities"):
+            inputs.append((target.lam if kind == "pair" else target).requires_grad_())
+
+        def loss(s: Tensor, t: Tensor, *rest: Tensor, target: Any = target, kind: str = kind) -> Tensor:
+            given = MixedTarget(target.a, target.b, *rest) if kind == "pair" else rest[0] if rest else target
+            return distillation_loss(s, t, given, 2.0, 0.3, label_smoothing=0.1)
+
+        assert torch.autograd.gradcheck(loss, inputs)
+        assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_transforms() -> None:
+    student, teacher, y = torch.randn(4, 5), torch.randn(4, 5), torch.randint(5, (4,))
+    each = torch.vmap(lambda s, t, y: distillation_loss(s, t, y, 2.0))(student, teacher, y)
+    torch.testing.assert_close(each, distillation_loss(student, teacher, y, 2.0, reduction="none"))
+    made = torch.func.grad(lambda s: distillation_loss(s, teacher, y, 2.0))(student)
+    leaf = student.clone().requires_grad_()
+    torch.testing.assert_close(made, torch.autograd.grad(distillation_loss(leaf, teacher, y, 2.0), leaf)[0])
 
 
 def test_a_sparse_teacher_is_a_masked_dense_one() -> None:
@@ -55,15 +83,48 @@ def test_a_sparse_teacher_is_a_masked_dense_one() -> None:
     torch.testing.assert_close(*made)
 
 
-def test_masked_students() -> None:
-    student, teacher = torch.randn(3, 9), torch.randn(3, 9)
+@pytest.mark.parametrize("classes", [9, 100])
+def test_masked_students(classes: int) -> None:
+    student, teacher = torch.randn(3, classes), torch.randn(3, classes)
     student[:, 4] = teacher[:, 4] = -inf
-    rest = [i for i in range(9) if i != 4]
+    rest = [i for i in range(classes) if i != 4]
     torch.testing.assert_close(
         distillation_loss(student, teacher), distillation_loss(student[:, rest], teacher[:, rest])
     )
     teacher[:, 4] = 0.0
     assert distillation_loss(student, teacher) == inf
+
+
+@pytest.mark.parametrize("classes", [9, 100])
+def test_a_term_without_a_share_is_left_out(classes: int) -> None:
+    """Infinite divergences, NaN teachers and infinite cross-entropies, times 0."""
+    student, teacher, y = torch.randn(3, classes), torch.full((3, classes), float("nan")), torch.randint(4, (3,))
+    student.requires_grad_(), teacher.requires_grad_()
+    for reduction in ("mean", "none"):
+        loss = distillation_loss(student, teacher, y, alpha=0.0, reduction=reduction)
+        theirs = torch.nn.functional.cross_entropy(student, y, reduction=reduction)
+        torch.testing.assert_close(loss, theirs)
+        made = torch.autograd.grad(loss.sum(), (student, teacher))
+        torch.testing.assert_close(made[0], torch.autograd.grad(theirs.sum(), student)[0])
+        assert (made[1] == 0).all()
+        assert distillation_loss(student, teacher, alpha=0.0, reduction=reduction).shape == loss.shape
+    masked = student.detach().clone()
+    masked[:, 4] = -inf
+    labels = torch.full((3,), 4)
+    loss = distillation_loss(masked.requires_grad_(), masked.detach(), labels, 2.0, 1.0, label_smoothing=0.1)
+    assert loss.abs() < 1e-6
+    assert torch.autograd.grad(loss, masked)[0].abs().max() < 1e-6
+
+
+def test_ignored_labels_and_nothing_kept() -> None:
+    student, teacher = torch.randn(4, 50, requires_grad=True), torch.randn(4, 50)
+    y = torch.tensor([3, -100, 7, -100])
+    (made,) = torch.autograd.grad(distillation_loss(student, teacher, y, reduction="sum"), student)
+    (kl,) = torch.autograd.grad(distillation_loss(student, teacher, reduction="sum"), student)
+    torch.testing.assert_close(made[y < 0], kl[y < 0])
+    loss = distillation_loss(student, teacher, torch.full((4,), -100))
+    assert loss.isnan()
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], kl / 4)
 
 
 def test_the_size_of_the_gradient_does_not_depend_on_the_temperature() -> None:
@@ -74,17 +135,35 @@ def test_the_size_of_the_gradient_does_not_depend_on_the_temperature() -> None:
     torch.testing.assert_close(*size, rtol=0.05, atol=0)
 
 
-def test_module_and_errors() -> None:
-    student, teacher, y = torch.randn(4, 5), torch.randn(4, 5), torch.randint(5, (4,))
+def test_module_backward_twice_and_errors() -> None:
+    student, teacher, y = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5), torch.randint(5, (4,))
     module = fusedtricks.nn.DistillationLoss(2.0, 0.3, label_smoothing=0.1)
     expected = distillation_loss(student, teacher, y, 2.0, 0.3, label_smoothing=0.1)
     torch.testing.assert_close(module(student, teacher, y), expected)
     assert "temperature=2.0, alpha=0.3" in repr(module)
     each = distillation_loss(student, teacher, y, reduction="none")
     torch.testing.assert_close(each.mean(), distillation_loss(student, teacher, y))
-    with pytest.raises(RuntimeError, match="student's shape"):
-        distillation_loss(student, teacher[:3])
-    with pytest.raises(RuntimeError, match="sparse teacher"):
-        distillation_loss(student, (y, y))
-    with pytest.raises(ValueError, match="temperature must be positive"):
-        distillation_loss(student, teacher, temperature=0.0)
+    twice = [torch.autograd.grad(3 * expected, student, retain_graph=True)[0] for _ in range(2)]
+    torch.testing.assert_close(*twice, rtol=0, atol=0)
+    student = student.detach()
+    for error, match, args, options in (
+        (RuntimeError, "student's shape", (student, teacher[:3]), {}),
+        (RuntimeError, "sparse teacher", (student, (y, y)), {}),
+        (ValueError, "temperature must be positive", (student, teacher), {"temperature": 0.0}),
+        (ValueError, "not a valid value for reduction", (student, teacher), {"reduction": "batchmean"}),
+        (RuntimeError, "label_smoothing must be between", (student, teacher, y), {"label_smoothing": 1.5}),
+        (IndexError, "Target 5 is out of bounds: row 1", (student, teacher, torch.tensor([0, 5, 0, 0])), {}),
+        (
+            IndexError,
+            "Target 5 is out of bounds: row 1",
+            (student, teacher, torch.tensor([0, 5, 0, 0])),
+            {"alpha": 1.0},
+        ),
+        (NotImplementedError, "not implemented for int64", (student, teacher.long()), {}),
+        (IndexError, "at least one class", (student[:, :0], teacher[:, :0]), {}),
+        (RuntimeError, "weight tensor should be defined", (student, teacher, y), {"weight": torch.ones(4)}),
+        (ValueError, "batch_size", (student, teacher, y[:3]), {}),
+        (ValueError, "MixedTarget.b must have shape", (student, teacher, MixedTarget(y, y[:3], torch.rand(()))), {}),
+    ):
+        with pytest.raises(error, match=match):
+            distillation_loss(*args, **options)

@@ -1,44 +1,288 @@
-"""Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2): composed from cross_entropy.
+"""Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2) from the logits of both models.
 
-KL(p || s) = sum_c p_c (log p_c - z_c) + lse, with p the teacher's and s the student's distribution at temperature T and
-z the student's logits over T. Terms with p_c = 0 are left out by selection, so logits of -inf on either side are right.
+With u the student's and v the teacher's logits over the temperature T, p = softmax(v) and s = softmax(u),
+
+    KL(p || s) = sum_c p_c (log p_c - log s_c) = sum_c p_c (v_c - u_c) - lse(v) + lse(u)
+    loss = alpha T^2 KL + (1 - alpha) CE(student, target)
+    d (T^2 KL) / d student_c = T (s_c - p_c)
+    d (T^2 KL) / d teacher_c = T p_c (log p_c - log s_c - KL)
+
+and the cross-entropy of labels, pairs of labels and smoothing as in cross_entropy.py. "mean" divides the sum of KL by
+the number of samples, that of the cross-entropy by the mass of the labels. Logits are centred by their maximum first.
+Terms with p_c = 0 are left out by selection, so logits of -inf on either side are right.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+from fusedtricks._op import Op, differentiating, transforming
 from fusedtricks.ops import _loss
-from fusedtricks.ops._norm import accumulate_dtype
+from fusedtricks.ops import cross_entropy as ce
+from fusedtricks.ops._loss import Target
+from fusedtricks.ops._norm import FLOATS, accumulate_dtype, laid_out_like
 from fusedtricks.ops._target import MixedTarget
-from fusedtricks.ops.cross_entropy import cross_entropy
 
 SparseTeacher = tuple[Tensor, Tensor]
 
+# student, teacher (*, C), any strides and any two floating dtypes, R rows in logical order. target, other, lam, weight:
+# labels as cross_entropy_fwd takes them, or none at all: alpha T^2 KL alone. lam, weight and all results but dstudent
+# are in the accumulation dtype of the student. reduction: 0 none, 1 mean, 2 sum.
+_INPUTS = "Tensor student, Tensor teacher, Tensor? target, Tensor? other, Tensor? lam, Tensor? weight"
+_OPTIONS = "int ignore_index, float on, float off, float temperature, float alpha, int reduction"
+# loss: () or (*). stats (7, R): max(student), sum exp(student - max), Q; max(teacher), sum exp((teacher - max) / T),
+# sum exp((student - max) / T), KL. total (): what "mean" divides the cross-entropy by. dstudent: the gradient of a
+# scalar loss if need_dstudent, with the strides of empty_like(student); else empty.
+distillation_fwd = Op(
+    f"distillation_fwd({_INPUTS}, {_OPTIONS}, bool need_dstudent) "
+    "-> (Tensor loss, Tensor stats, Tensor total, Tensor dstudent)",
+    stem="distillation",
+)
+distillation_bwd = Op(
+    f"distillation_bwd(Tensor dloss, {_INPUTS}, Tensor stats, Tensor total, {_OPTIONS}) -> Tensor dstudent",
+    stem="distillation",
+)
 
-def _negative_entropy(log_p: Tensor) -> Tensor:
-    """sum p log p over the last dimension."""
+
+class Options(NamedTuple):
+    """The scalars of an operator call. The smoothed target is on * target + off."""
+
+    ignore_index: int
+    on: float
+    off: float
+    temperature: float
+    alpha: float
+    reduction: int
+
+    @property
+    def hard(self) -> _loss.Options:
+        """Those of the cross-entropy."""
+        return _loss.Options(self.ignore_index, self.on, self.off, 0.0, 0.0, 1.0, self.reduction)
+
+
+# ---- reference ------------------------------------------------------------------------------------------------------
+
+
+def over_temperature(logits: Tensor, like: Tensor, temperature: float) -> Tensor:
+    return logits.to(accumulate_dtype(like.dtype)) / temperature
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL of each row, in differentiable operations."""
+    log_s, log_p = (over_temperature(t, student, temperature).log_softmax(-1) for t in (student, teacher))
     p = log_p.exp()
-    return torch.where(p > 0, p * torch.where(p > 0, log_p, 0.0), 0.0).sum(-1)
+    # Selected before the product and after it: the gradient of what is left out is 0 as well.
+    difference = torch.where(p > 0, log_p, 0.0) - torch.where(p > 0, log_s, 0.0)
+    return (p * difference).sum(-1)
 
 
-def _kl_dense(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    wide = accumulate_dtype(student.dtype)
-    dim = 1 if student.dim() > 1 else 0
-    log_p = torch.log_softmax(teacher.to(wide) / temperature, dim)
-    cross = cross_entropy(student, log_p.exp(), reduction="none", temperature=temperature, out_dtype=wide)
-    return cross + _negative_entropy(log_p.movedim(dim, -1))
+def composed(
+    student: Tensor, teacher: Tensor, t: Target | None, weight: Tensor | None, o: Options
+) -> tuple[Tensor, ...]:
+    """(loss, KL of the rows, total) in plain PyTorch, differentiable any number of times and by every transform."""
+    kl = divergence(student, teacher, o.temperature)
+    loss = o.alpha * o.temperature**2 * (kl.mean() if o.reduction == 1 else kl.sum() if o.reduction == 2 else kl)
+    if t is None:
+        return loss, kl, kl.new_ones(())
+    row, mass = ce.losses(student, t, weight, o.hard)
+    if o.alpha != 1:
+        loss = loss + (1 - o.alpha) * ce.reduced(row, mass, o.hard)
+    return loss, kl, mass.sum()
 
 
-def _kl_sparse(student: Tensor, indices: Tensor, values: Tensor, temperature: float) -> Tensor:
-    wide = accumulate_dtype(student.dtype)
-    log_p = torch.log_softmax(values.to(wide) / temperature, -1)
+def statistics(student: Tensor, teacher: Tensor, t: Target | None, weight: Tensor | None, o: Options) -> Tensor:
+    """The first six rows of stats."""
+    z, v = (over_temperature(logits, student, 1.0) for logits in (student, teacher))
+    top, total = ce.top_and_sum(z)
+    q = torch.zeros_like(top) if t is None else ce.coefficients(student, t, weight, o.hard)[0].sum(-1)
+    of_teacher, of_student = (ce.top_and_sum(logits / o.temperature)[1] for logits in (v, z))
+    return torch.stack((top, total, q, v.amax(-1), of_teacher, of_student))
+
+
+@distillation_fwd.reference
+def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    target, other, lam, weight, *options, need_dstudent = rest
+    o, t = Options(*options), None if target is None else Target(target, other, lam)
+    if t is not None:
+        ce.check_labels(t, student.shape[-1], o.ignore_index)
+    loss, kl, total = composed(student, teacher, t, weight, o)
+    stats = torch.cat((statistics(student, teacher, t, weight, o), kl.unsqueeze(0))).reshape(7, kl.numel())
+    dstudent = student.new_empty(0)
+    if need_dstudent:
+        dstudent = gradient(torch.ones_like(loss), student, teacher, t, weight, stats, total, o)
+    return loss, stats, total, dstudent
+
+
+def gradient(
+    dloss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    t: Target | None,
+    weight: Tensor | None,
+    stats: Tensor,
+    total: Tensor,
+    o: Options,
+) -> Tensor:
+    top, _, _, teacher_top, teacher_sum, student_sum, _ = stats.reshape(7, *student.shape[:-1], 1)
+    s, p = (
+        (over_temperature(logits, student, 1.0) - at).div(o.temperature).exp() / normalizer
+        for logits, at, normalizer in ((student, top, student_sum), (teacher, teacher_top, teacher_sum))
+    )
+    dz = of_rows(dloss, stats, o) * (s - p)
+    if t is not None and o.alpha != 1:
+        g = dloss * (1 - o.alpha)
+        dz = dz + ce.gradient(g, None, student.to(dz.dtype), t, weight, stats[:3], total, o.hard)
+    return laid_out_like(dz.to(student.dtype), student)
+
+
+def of_rows(dloss: Tensor, stats: Tensor, o: Options) -> Tensor:
+    """alpha T dloss, for each row (*, 1) or for all: what the gradients of T KL are multiplied by."""
+    factor = o.alpha * o.temperature / (max(stats.shape[1], 1) if o.reduction == 1 else 1)
+    return dloss.unsqueeze(-1) * factor if o.reduction == 0 else dloss * factor
+
+
+@distillation_bwd.reference
+def _(dloss: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
+    target, other, lam, weight, stats, total, *options = rest
+    t = None if target is None else Target(target, other, lam)
+    return gradient(dloss, student, teacher, t, weight, stats, total, Options(*options))
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+def teacher_gradient(dloss: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, o: Options) -> Tensor:
+    """Rarely asked for, so no kernel of its own makes it."""
+    top, _, _, teacher_top, teacher_sum, student_sum, kl = stats.reshape(7, *student.shape[:-1], 1)
+    u = (over_temperature(student, student, 1.0) - top) / o.temperature
+    v = (over_temperature(teacher, student, 1.0) - teacher_top) / o.temperature
+    p = v.exp() / teacher_sum
+    slope = v - u + (student_sum / teacher_sum).log() - kl
+    made = torch.where(p > 0, of_rows(dloss, stats, o) * p * slope, 0.0)
+    return laid_out_like(made.to(teacher.dtype), teacher)
+
+
+class _Distillation(torch.autograd.Function):
+    """`early`: the student's gradient is made in the forward, in one pass over the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        other: Tensor | None,
+        lam: Tensor | None,
+        weight: Tensor | None,
+        o: Options,
+        early: bool,
+    ) -> Tensor:
+        labels = (target, other, lam, weight)
+        loss, stats, total, dstudent = distillation_fwd(student, teacher, *labels, *o, early)
+        ctx.save_for_backward(student, teacher, *labels, stats, total)
+        ctx.o, ctx.early, ctx.dstudent = o, early, dstudent if early else None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, *labels, stats, total = ctx.saved_tensors
+        o, need = ctx.o, ctx.needs_input_grad
+        if differentiating():
+            return _composed_backward(ctx, dloss)
+        dteacher = teacher_gradient(dloss, student, teacher, stats, o) if need[1] else None
+        dstudent = None
+        args = (student, teacher, *labels, stats, total, *o)
+        if need[0] and ctx.early:
+            # Handed out once, so that it can become .grad without a copy. A further backward makes it again: same bits.
+            made, ctx.dstudent = ctx.dstudent, None
+            dstudent = distillation_bwd(torch.ones_like(dloss), *args) if made is None else made
+            if dloss != 1:
+                dstudent.mul_(dloss)
+        elif need[0]:
+            dstudent = distillation_bwd(dloss, *args)
+        return dstudent, dteacher, *(None,) * 6
+
+
+def _composed_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    student, teacher, target, other, lam, weight, *_ = ctx.saved_tensors
+    # Fresh nodes: what the gradients depend on are the saved tensors, not the graph behind them.
+    inputs = [t.view_as(t) for t in (student, teacher)]
+    wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
+    t = None if target is None else Target(target, other, lam)
+    loss = composed(*inputs, t, weight, ctx.o)[0]
+    found: list[Tensor | None] = [None] * 8
+    for i, grad in zip(
+        wanted, torch.autograd.grad(loss, [inputs[i] for i in wanted], dloss, create_graph=True), strict=True
+    ):
+        found[i] = grad
+    return tuple(found)
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+
+
+def _dense(student: Tensor, teacher: Tensor, t: Target | None, weight: Tensor | None, o: Options) -> Tensor:
+    student, teacher = _loss.class_last(student), _loss.class_last(teacher)
+    if transforming():
+        return composed(student, teacher, t, weight, o)[0]
+    labels = (*(t or (None, None, None)), weight)
+    if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
+        return distillation_fwd(student, teacher, *labels, *o, False)[0]
+    early = not torch.compiler.is_compiling() and student.requires_grad and o.reduction != 0 and ce._one_pass(student)
+    return _Distillation.apply(student, teacher, *labels, o, early)
+
+
+def _sparse(student: Tensor, teacher: SparseTeacher, o: Options) -> Tensor:
+    """alpha T^2 KL from a teacher of k classes, which are gathered: the student is read for its log-sum-exp alone."""
+    indices, values = teacher[0].long(), teacher[1]
+    log_p = over_temperature(values, student, o.temperature).log_softmax(-1)
     p = log_p.exp()
     # The label is any class: it is the log-sum-exp that is wanted.
-    _, lse = cross_entropy(student, indices[:, 0], reduction="none", temperature=temperature, return_lse=True)
-    z = student.gather(1, indices).to(wide) / temperature
-    return lse - torch.where(p > 0, p * torch.where(p > 0, z, 0.0), 0.0).sum(1) + _negative_entropy(log_p)
+    _, lse = ce.cross_entropy(student, indices[:, 0], reduction="none", temperature=o.temperature, return_lse=True)
+    log_s = over_temperature(student.gather(1, indices), student, o.temperature) - lse.unsqueeze(-1)
+    kl = (p * (torch.where(p > 0, log_p, 0.0) - torch.where(p > 0, log_s, 0.0))).sum(-1)
+    kl = kl.mean() if o.reduction == 1 else kl.sum() if o.reduction == 2 else kl
+    return o.alpha * o.temperature**2 * kl
+
+
+def _check(student: Any, teacher: Any, temperature: float, reduction: str, label_smoothing: float) -> None:
+    if not isinstance(student, Tensor):
+        raise TypeError(f"distillation_loss(): argument 'student_logits' must be Tensor, not {type(student).__name__}")
+    _loss.check_positive("distillation_loss", temperature=temperature)
+    if reduction not in _loss.REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if isinstance(teacher, Tensor):
+        if teacher.shape != student.shape or student.dim() == 0:
+            raise RuntimeError(
+                f"distillation_loss: expected teacher_logits of the student's shape {list(student.shape)}, at least "
+                f"(C), got {list(teacher.shape)}"
+            )
+        given = (student, teacher)
+    else:
+        indices, values = teacher
+        rows = student.shape[:1]
+        if student.dim() != 2 or indices.dim() != 2 or indices.shape != values.shape or indices.shape[:1] != rows:
+            raise RuntimeError(
+                "distillation_loss: a sparse teacher needs a student (N, C), indices (N, k) and values (N, k), got "
+                f"{list(student.shape)}, {list(indices.shape)} and {list(values.shape)}"
+            )
+        given = (student, values)
+    for logits in given:
+        if logits.dtype not in FLOATS:
+            kind = str(logits.dtype).removeprefix("torch.")
+            raise NotImplementedError(f'"distillation_loss" not implemented for {kind}; expected a floating dtype')
+        if logits.device != student.device:
+            raise RuntimeError(
+                "distillation_loss: Expected all tensors to be on the same device, but got student_logits on "
+                f"{student.device} and teacher_logits on {logits.device}"
+            )
+    if student.shape[1 if student.dim() > 1 else 0] == 0:
+        raise IndexError(f"distillation_loss: expected at least one class, got a student of {list(student.shape)}")
 
 
 def distillation_loss(
@@ -57,12 +301,13 @@ def distillation_loss(
 
     Args:
         student_logits: (C), (N, C) or (N, C, d1, ...), floating.
-        teacher_logits: the same shape; or, for a student (N, C), a pair (indices (N, k) int64, values (N, k)): the k
-            classes a sparse teacher knows, all others having the logit -inf.
+        teacher_logits: the same shape, any floating dtype; or, for a student (N, C), a pair (indices (N, k) int64,
+            values (N, k)): the k classes a sparse teacher knows, all others having the logit -inf.
         target: labels, class probabilities or a :class:`fusedtricks.MixedTarget`, as :func:`cross_entropy` takes them;
-            without one the loss is alpha T^2 KL alone.
+            without one the loss is alpha T^2 KL alone. With labels and pairs of them both terms are made in one pass
+            over the logits; class probabilities, and a lam that requires grad, are a pass of their own.
         temperature: T, in KL alone. T^2 keeps the size of the gradient when T changes.
-        alpha: the share of the teacher.
+        alpha: the share of the teacher. A term whose share is 0 is left out, whatever its logits hold.
         weight, ignore_index, label_smoothing: those of the cross-entropy with the target; KL counts every sample.
         reduction: "mean" (KL: over samples), "sum" or "none", of either term.
 
@@ -70,45 +315,44 @@ def distillation_loss(
         The loss in the student's dtype, () or one number a sample. Differentiable in both logits.
 
     Raises:
-        RuntimeError: teacher and student of different shapes. ValueError: a temperature that is not positive.
+        RuntimeError: teacher and student of different shapes or devices. ValueError: a temperature that is not
+        positive. Of the target: what :func:`cross_entropy` raises.
     """
-    _loss.check_positive("distillation_loss", temperature=temperature)
-    if reduction not in _loss.REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
-    if isinstance(teacher_logits, Tensor):
-        if teacher_logits.shape != student_logits.shape:
-            raise RuntimeError(
-                f"distillation_loss: expected teacher_logits of the student's shape {list(student_logits.shape)}, got "
-                f"{list(teacher_logits.shape)}"
-            )
-        kl = _kl_dense(student_logits, teacher_logits, temperature)
+    op = "distillation_loss"
+    _check(student_logits, teacher_logits, temperature, reduction, label_smoothing)
+    student, dense = student_logits, isinstance(teacher_logits, Tensor)
+    wide, classes = accumulate_dtype(student.dtype), student.shape[1 if student.dim() > 1 else 0]
+    on, off = _loss.smoothing("uniform", label_smoothing, classes)
+    o = Options(ignore_index, on, off, temperature, alpha, _loss.REDUCTIONS[reduction])
+    t = None
+    if dense and alpha != 0 and not (weight is not None and weight.requires_grad and torch.is_grad_enabled()):
+        if isinstance(target, MixedTarget):
+            t = _loss.mixed(op, student, target)
+        elif isinstance(target, Tensor) and target.shape != student.shape:
+            call_torch = lambda: torch.nn.functional.cross_entropy(student, target, weight)  # noqa: E731
+            t = _loss.labels_or_probabilities(op, student, target, call_torch, ignore_index)
+        t = None if t is not None and t.lam is not None and t.lam.requires_grad and torch.is_grad_enabled() else t
+    if alpha == 0:
+        # Nothing of the teacher, whose gradient is zeros and not missing.
+        loss = sum(t[:0].sum(dtype=wide) for t in (student, teacher_logits if dense else teacher_logits[1]))
+        loss = loss.expand(_loss.class_last(student).shape[:-1]) if reduction == "none" else loss
+    elif dense:
+        checked = None if t is None else _loss.check_weight(op, weight, classes, student.device)
+        loss = _dense(student, teacher_logits, t, None if checked is None else checked.to(wide), o)
     else:
-        indices, values = teacher_logits
-        rows = student_logits.shape[:1]
-        if (
-            student_logits.dim() != 2
-            or indices.dim() != 2
-            or indices.shape != values.shape
-            or indices.shape[:1] != rows
-        ):
-            raise RuntimeError(
-                "distillation_loss: a sparse teacher needs a student (N, C), indices (N, k) and values (N, k), got "
-                f"{list(student_logits.shape)}, {list(indices.shape)} and {list(values.shape)}"
-            )
-        kl = _kl_sparse(student_logits, indices.long(), values, temperature)
-    kl = kl.mean() if reduction == "mean" else kl.sum() if reduction == "sum" else kl
-    loss = alpha * temperature**2 * kl
-    if target is not None:
-        loss = loss + (1 - alpha) * cross_entropy(
-            student_logits,
+        loss = _sparse(student, teacher_logits, o)
+    if target is not None and t is None:
+        hard = ce.cross_entropy(
+            student,
             target,
             weight,
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
-            out_dtype=kl.dtype,
+            out_dtype=wide,
         )
-    return loss.to(_loss.output_dtype(student_logits, None))
+        loss = loss if alpha == 1 else loss + (1 - alpha) * hard
+    return loss.to(_loss.output_dtype(student, None))
 
 
 class DistillationLoss(torch.nn.Module):
