@@ -74,6 +74,25 @@ def targets(target, other, lam, weight, index, live, ignore, C, ONE_LAM: tl.cons
 
 
 @triton.jit
+def of_labels(
+    x, x_at, x_step, target, other, lam, weight, index, live, C, ref, top, logsum, rest, weights, ignore, on, off,
+    softcap, scale, CAP: tl.constexpr, SMOOTH: tl.constexpr, ONE_LAM: tl.constexpr,
+):  # fmt: skip
+    """(loss, mass, Q, share, alive) of rows whose targets are labels. weights: the sum of w over the classes."""
+    a, b, mass_a, mass_b, share, alive = targets(target, other, lam, weight, index, live, ignore, C, ONE_LAM)
+    mass = mass_a + mass_b
+    q = on * mass + off * share * weights
+    za = scaled(tl.load(x + x_at + a * x_step, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP) - top
+    inner = tl.where(on * mass_a != 0, on * mass_a * za, 0.0)
+    if other is not None:
+        zb = scaled(tl.load(x + x_at + b * x_step, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP) - top
+        inner += tl.where(on * mass_b != 0, on * mass_b * zb, 0.0)
+    if SMOOTH:
+        inner += tl.where(share != 0, off * share * (rest - weights * (top - ref)), 0.0)
+    return q * logsum - inner, mass, q, share, alive
+
+
+@triton.jit
 def finish(
     x, x_at, x_step, target, other, lam, weight, losses, mass, stats, index, live, R, C, ref, top, total, rest, q,
     weight_sum, ignore, on, off, z_loss, softcap, scale, CAP: tl.constexpr, SMOOTH: tl.constexpr, SOFT: tl.constexpr,
@@ -89,17 +108,10 @@ def finish(
         loss += tl.where(z_loss != 0, z_loss * lse * lse, 0.0)
         row_mass = tl.full(index.shape, 1.0, tl.float32)
     else:
-        a, b, mass_a, mass_b, share, alive = targets(target, other, lam, weight, index, live, ignore, C, ONE_LAM)
-        row_mass = mass_a + mass_b
-        q = on * row_mass + off * share * weights
-        za = scaled(tl.load(x + x_at + a * x_step, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP) - top
-        inner = tl.where(on * mass_a != 0, on * mass_a * za, 0.0)
-        if other is not None:
-            zb = scaled(tl.load(x + x_at + b * x_step, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP) - top
-            inner += tl.where(on * mass_b != 0, on * mass_b * zb, 0.0)
-        if SMOOTH:
-            inner += tl.where(share != 0, off * share * (rest - weights * (top - ref)), 0.0)
-        loss = q * logsum - inner
+        loss, row_mass, q, share, alive = of_labels(
+            x, x_at, x_step, target, other, lam, weight, index, live, C, ref, top, logsum, rest, weights, ignore, on,
+            off, softcap, scale, CAP, SMOOTH, ONE_LAM,
+        )  # fmt: skip
         loss += tl.where(z_loss != 0, z_loss * share * lse * lse, 0.0)
         loss = tl.where(alive, loss, 0.0)
     tl.store(losses + index, loss, mask=live)
