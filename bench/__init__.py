@@ -102,8 +102,10 @@ def operations(stems: Sequence[str] = ()) -> dict[str, Any]:
     found = {}
     for module in pkgutil.iter_modules(__path__):
         if not module.name.startswith("_") and (ROOT / "fusedtricks" / "ops" / f"{module.name}.py").exists():
-            found[module.name] = importlib.import_module(f"bench.{module.name}").OPERATION
-            object.__setattr__(found[module.name], "stem", module.name)
+            declared = getattr(importlib.import_module(f"bench.{module.name}"), "OPERATION", None)
+            if declared is not None:  # else a program of its own
+                object.__setattr__(declared, "stem", module.name)
+                found[module.name] = declared
     unknown = set(stems) - set(found)
     if unknown:
         raise SystemExit(f"bench: no operation {', '.join(sorted(unknown))}; there are {', '.join(found)}")
