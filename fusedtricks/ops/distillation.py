@@ -5,7 +5,7 @@ With u the student's and v the teacher's logits over the temperature T, p = soft
     KL(p || s) = sum_c p_c (log p_c - log s_c) = sum_c p_c (v_c - u_c) - lse(v) + lse(u)
     loss = alpha T^2 KL + (1 - alpha) CE(student, target)
     d (T^2 KL) / d student_c = T (s_c - p_c)
-    d (T^2 KL) / d teacher_c = T p_c (log p_c - log s_c - KL)
+    d (T^2 KL) / d teacher_c = T p_c (log p_c - log s_c - KL) = T p_c (v_c - u_c - sum_k p_k (v_k - u_k))
 
 and the cross-entropy of labels, pairs of labels and smoothing as in cross_entropy.py. "mean" divides the sum of KL by
 the number of samples, that of the cross-entropy by the mass of the labels. Logits are centred by their maximum first.
@@ -72,11 +72,13 @@ def over_temperature(logits: Tensor, like: Tensor, temperature: float) -> Tensor
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL of each row, in differentiable operations."""
-    log_s, log_p = (over_temperature(t, student, temperature).log_softmax(-1) for t in (student, teacher))
-    p = log_p.exp()
-    # Selected before the product and after it: the gradient of what is left out is 0 as well.
-    difference = torch.where(p > 0, log_p, 0.0) - torch.where(p > 0, log_s, 0.0)
-    return (p * difference).sum(-1)
+    u, v = (over_temperature(t, student, 1.0) for t in (student, teacher))
+    u, v = ((t - t.detach().amax(-1, keepdim=True)) / temperature for t in (u, v))
+    e = v.exp()
+    # Selected before the product: the gradient of what is left out is 0 as well.
+    difference = torch.where(e > 0, v, 0.0) - torch.where(e > 0, u, 0.0)
+    total = e.sum(-1)
+    return (e * difference).sum(-1) / total + (u.exp().sum(-1) / total).log()
 
 
 def composed(
@@ -156,12 +158,12 @@ def _(dloss: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
 
 def teacher_gradient(dloss: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, o: Options) -> Tensor:
     """Rarely asked for, so no kernel of its own makes it."""
-    top, _, _, teacher_top, teacher_sum, student_sum, kl = stats.reshape(7, *student.shape[:-1], 1)
+    top, _, _, teacher_top, teacher_sum, *_ = stats.reshape(7, *student.shape[:-1], 1)
     u = (over_temperature(student, student, 1.0) - top) / o.temperature
     v = (over_temperature(teacher, student, 1.0) - teacher_top) / o.temperature
     p = v.exp() / teacher_sum
-    slope = v - u + (student_sum / teacher_sum).log() - kl
-    made = torch.where(p > 0, of_rows(dloss, stats, o) * p * slope, 0.0)
+    difference = torch.where(p > 0, v, 0.0) - torch.where(p > 0, u, 0.0)
+    made = of_rows(dloss, stats, o) * p * (difference - (p * difference).sum(-1, keepdim=True))
     return laid_out_like(made.to(teacher.dtype), teacher)
 
 
@@ -335,7 +337,8 @@ def distillation_loss(
     if alpha == 0:
         # Nothing of the teacher, whose gradient is zeros and not missing.
         loss = sum(t[:0].sum(dtype=wide) for t in (student, teacher_logits if dense else teacher_logits[1]))
-        loss = loss.expand(_loss.class_last(student).shape[:-1]) if reduction == "none" else loss
+        if reduction == "none":
+            loss = loss + loss.new_zeros(_loss.class_last(student).shape[:-1])
     elif dense:
         checked = None if t is None else _loss.check_weight(op, weight, classes, student.device)
         loss = _dense(student, teacher_logits, t, None if checked is None else checked.to(wide), o)
