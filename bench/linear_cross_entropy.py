@@ -95,7 +95,7 @@ def main() -> None:
     print(f"{'rows x features x classes':26} {'':14} {'time':>10} {'peak memory':>12}")
     for size in SIZES:
         entries = {name: Contestant(call(name, size, args.device)) for name in CONTESTANTS}
-        for name, timing in interleaved(entries, args.device, budget=3.0).items():
+        for name, timing in interleaved(entries, args.device, budget=1.0).items():
             mebibytes = peak_of_its_own(name, size, args.device) / 2**20
             shape = "x".join(map(str, size))
             print(f"{shape:26} {name:14} {timing.median * 1e3:7.1f} ms {mebibytes:8.0f} MiB", flush=True)

@@ -149,6 +149,8 @@ def test_module_backward_twice_and_errors() -> None:
     for error, match, args, options in (
         (RuntimeError, "student's shape", (student, teacher[:3]), {}),
         (RuntimeError, "sparse teacher", (student, (y, y)), {}),
+        (RuntimeError, "of torch.float32 and", (student, (teacher, teacher)), {}),
+        (TypeError, "a pair of them", (student, [teacher]), {}),
         (ValueError, "temperature must be positive", (student, teacher), {"temperature": 0.0}),
         (ValueError, "not a valid value for reduction", (student, teacher), {"reduction": "batchmean"}),
         (RuntimeError, "label_smoothing must be between", (student, teacher, y), {"label_smoothing": 1.5}),

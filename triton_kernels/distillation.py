@@ -108,21 +108,28 @@ def distillation_bwd(
 
 # ---- for bench/aot.py -----------------------------------------------------------------------------------------------
 
-_CLASSES = {10: "many rows per program, without vectors", 1000: "several rows", 1001: "without vectors", 32000: "loop"}
+# (classes, dtype, temperature, note), one of each regime.
+_REGIMES = (
+    (10, torch.float32, 2.0, "many rows per program, without vectors"),
+    (1000, torch.float32, 2.0, "several rows"),
+    (1000, torch.bfloat16, 2.0, "several rows"),
+    (1001, torch.bfloat16, 2.0, "without vectors"),
+    (32000, torch.float32, 2.0, "loop"),
+    (32000, torch.bfloat16, 2.0, "loop"),
+    (32000, torch.bfloat16, 1.0, "loop"),
+)
 
 
 def specialisations() -> Iterator[tuple[str, Launch]]:
-    """(note, launch) for one shape of each regime, planned on meta tensors as on an H100."""
+    """(note, launch), planned on meta tensors as on an H100."""
     rows = 8192
-    for C, note in _CLASSES.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            for temperature in (2.0,) if C != 32000 else (1.0, 2.0):
-                o = Options(-100, 0.9, 1e-4, temperature, 0.5, 1)
-                x = torch.empty((rows, C), dtype=dtype, device="meta")
-                labels = torch.empty(rows, dtype=torch.int64, device="meta")
-                losses, total = torch.empty(rows, device="meta"), torch.empty((), device="meta")
-                stats = torch.empty((7, rows), device="meta")
-                args = arguments(labels, labels, losses, None, C, o) | lay_out(x, x, x) | {"weight_sum": None}
-                label = f"{C} {str(dtype)[6:]} T={temperature:.0f}, {note}"
-                yield f"forward {label}, stores statistics", plan_forward(x, x, args, losses, losses, stats)
-                yield f"backward {label}", plan_backward(total, x, x, x, args, stats, total, o)
+    for C, dtype, temperature, note in _REGIMES:
+        o = Options(-100, 0.9, 1e-4, temperature, 0.5, 1)
+        x = torch.empty((rows, C), dtype=dtype, device="meta")
+        labels = torch.empty(rows, dtype=torch.int64, device="meta")
+        losses, total = torch.empty(rows, device="meta"), torch.empty((), device="meta")
+        stats = torch.empty((7, rows), device="meta")
+        args = arguments(labels, labels, losses, None, C, o) | lay_out(x, x, x) | {"weight_sum": None}
+        label = f"{C} {str(dtype)[6:]} T={temperature:.0f}, {note}"
+        yield f"forward {label}, stores statistics", plan_forward(x, x, args, losses, losses, stats)
+        yield f"backward {label}", plan_backward(total, x, x, x, args, stats, total, o)

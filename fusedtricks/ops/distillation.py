@@ -266,12 +266,26 @@ def _check(student: Any, teacher: Any, temperature: float, reduction: str, label
             )
         given = (student, teacher)
     else:
+        if not (
+            isinstance(teacher, tuple | list) and len(teacher) == 2 and all(isinstance(t, Tensor) for t in teacher)
+        ):
+            raise TypeError(
+                "distillation_loss(): argument 'teacher_logits' must be Tensor or a pair of them (indices, values), not "
+                f"{type(teacher).__name__}"
+            )
         indices, values = teacher
-        rows = student.shape[:1]
-        if student.dim() != 2 or indices.dim() != 2 or indices.shape != values.shape or indices.shape[:1] != rows:
+        if (
+            student.dim() != 2
+            or indices.dim() != 2
+            or indices.shape != values.shape
+            or indices.shape[0] != student.shape[0]
+            or indices.shape[1] == 0
+            or indices.dtype not in _loss.LABELS
+        ):
             raise RuntimeError(
-                "distillation_loss: a sparse teacher needs a student (N, C), indices (N, k) and values (N, k), got "
-                f"{list(student.shape)}, {list(indices.shape)} and {list(values.shape)}"
+                "distillation_loss: a sparse teacher needs a student (N, C), indices (N, k) of int64, int32 or uint8 and "
+                f"values (N, k), k > 0, got {list(student.shape)}, {list(indices.shape)} of {indices.dtype} and "
+                f"{list(values.shape)}"
             )
         given = (student, values)
     for logits in given:
