@@ -283,8 +283,8 @@ def _check(student: Any, teacher: Any, temperature: float, reduction: str, label
             or indices.dtype not in _loss.LABELS
         ):
             raise RuntimeError(
-                "distillation_loss: a sparse teacher needs a student (N, C), indices (N, k) of int64, int32 or uint8 and "
-                f"values (N, k), k > 0, got {list(student.shape)}, {list(indices.shape)} of {indices.dtype} and "
+                "distillation_loss: a sparse teacher needs a student (N, C), indices (N, k) of int64, int32 or uint8 "
+                f"and values (N, k), k > 0, got {list(student.shape)}, {list(indices.shape)} of {indices.dtype} and "
                 f"{list(values.shape)}"
             )
         given = (student, values)
