@@ -266,12 +266,11 @@ def _check(student: Any, teacher: Any, temperature: float, reduction: str, label
             )
         given = (student, teacher)
     else:
-        if not (
-            isinstance(teacher, tuple | list) and len(teacher) == 2 and all(isinstance(t, Tensor) for t in teacher)
-        ):
+        pair = isinstance(teacher, tuple | list) and len(teacher) == 2
+        if not pair or not all(isinstance(t, Tensor) for t in teacher):
             raise TypeError(
-                "distillation_loss(): argument 'teacher_logits' must be Tensor or a pair of them (indices, values), not "
-                f"{type(teacher).__name__}"
+                "distillation_loss(): argument 'teacher_logits' must be Tensor or a pair of them (indices, values), "
+                f"not {type(teacher).__name__}"
             )
         indices, values = teacher
         if (
