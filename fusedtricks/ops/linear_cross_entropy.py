@@ -33,8 +33,10 @@ def chunks(rows: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, rows, size))
 
 
-def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
+def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor) -> Tensor:
+    """Those of a chunk, in the memory that every chunk has in turn."""
+    out = memory[: x.shape[0]]
+    return torch.addmm(bias, x, weight.t(), out=out) if bias is not None else torch.mm(x, weight.t(), out=out)
 
 
 def part(t: Target, rows: slice) -> Target:
@@ -82,18 +84,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         one = torch.ones((), dtype=wide, device=x.device)
         total = torch.zeros((), dtype=wide, device=x.device)
         grads = _Gradients(x, weight, bias, need[:3] if early else (False,) * 3)
-        losses, stats = [], []
+        losses, stats, memory = [], [], x.new_empty(min(chunk, rows), weight.shape[0])
         for here in chunks(rows, chunk):
-            logits, t = logits_of(x[here], weight, bias), part(target, here)
-            in_one_pass = early and ce._one_pass(logits)
-            loss, stat, mass, dlogits, _ = cross_entropy_fwd(logits, *t, class_weight, *of_chunk, in_one_pass, False)
+            logits, t = logits_of(x[here], weight, bias, memory), part(target, here)
+            loss, stat, mass, *_ = cross_entropy_fwd(logits, *t, class_weight, *of_chunk, False, False)
             losses.append(loss)
-            stats.append(stat)
             total = total + mass
+            if ctx.again:
+                stats.append(stat)
             if early:
-                if not in_one_pass:
-                    cross_entropy_bwd_(one, None, logits, *t, class_weight, stat, mass, *of_chunk)
-                grads.add(dlogits if in_one_pass else logits, x, weight, here)
+                cross_entropy_bwd_(one, None, logits, *t, class_weight, stat, mass, *of_chunk)
+                grads.add(logits, x, weight, here)
         if o.reduction == 0:
             loss = torch.cat(losses) if losses else x.new_empty(0, dtype=wide)
         else:
@@ -128,8 +129,9 @@ def _made_again(
     """The gradients of x, weight, bias, class probabilities, nothing, and lam, from logits made once more."""
     o, need = ctx.o, ctx.need
     grads, of_target = _Gradients(x, weight, bias, need[:3]), []
+    memory = x.new_empty(min(ctx.chunk, x.shape[0]), weight.shape[0])
     for stats, here in zip(ctx.saved_tensors[12:], chunks(x.shape[0], ctx.chunk), strict=True):
-        logits, t = logits_of(x[here], weight, bias), part(target, here)
+        logits, t = logits_of(x[here], weight, bias, memory), part(target, here)
         d, row = (v[here] if o.reduction == 0 else v for v in (dloss, loss))
         if any(need[3:]):
             of_target.append(ce.target_gradient(d, logits, t, class_weight, stats, total, row, o))
