@@ -156,15 +156,24 @@ def _(dloss: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
-def teacher_gradient(dloss: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, o: Options) -> Tensor:
-    """Rarely asked for, so no kernel of its own makes it."""
+@torch.library.custom_op("fusedtricks::distillation_bwd_teacher", mutates_args=())
+def teacher_gradient(
+    dloss: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float, alpha: float, reduction: int
+) -> Tensor:
+    """Rarely asked for, so no kernel makes it. Opaque to torch.compile, whose bits are then those of eager mode."""
     top, _, _, teacher_top, teacher_sum, *_ = stats.reshape(7, *student.shape[:-1], 1)
-    u = (over_temperature(student, student, 1.0) - top) / o.temperature
-    v = (over_temperature(teacher, student, 1.0) - teacher_top) / o.temperature
+    u = (over_temperature(student, student, 1.0) - top) / temperature
+    v = (over_temperature(teacher, student, 1.0) - teacher_top) / temperature
     p = v.exp() / teacher_sum
     difference = torch.where(p > 0, v, 0.0) - torch.where(p > 0, u, 0.0)
-    made = of_rows(dloss, stats, o) * p * (difference - (p * difference).sum(-1, keepdim=True))
+    g = of_rows(dloss, stats, Options(0, 0.0, 0.0, temperature, alpha, reduction))
+    made = g * p * (difference - (p * difference).sum(-1, keepdim=True))
     return laid_out_like(made.to(teacher.dtype), teacher)
+
+
+@teacher_gradient.register_fake
+def _(dloss: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(teacher)
 
 
 class _Distillation(torch.autograd.Function):
@@ -194,7 +203,7 @@ class _Distillation(torch.autograd.Function):
         o, need = ctx.o, ctx.needs_input_grad
         if differentiating():
             return _composed_backward(ctx, dloss)
-        dteacher = teacher_gradient(dloss, student, teacher, stats, o) if need[1] else None
+        dteacher = teacher_gradient(dloss, student, teacher, stats, *o[3:]) if need[1] else None
         dstudent = None
         args = (student, teacher, *labels, stats, total, *o)
         if need[0] and ctx.early:

@@ -118,7 +118,6 @@ CASE = Case(
         "sum, T=1": {"reduction": "sum", "temperature": 1.0},
         "mean, weighted, smoothed": {"reduction": "mean", "weighted": True, "label_smoothing": 0.1, "alpha": 0.3},
         "alpha=1": {"alpha": 1.0},
-        "alpha=0": {"alpha": 0.0},
     },
     adversaries={
         **{f"shift {s:.0e}": shifted(s) for s in (60.0, -1e4)},
