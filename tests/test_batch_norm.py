@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import CASES
 from cases.batch_norm import ACTIVATIONS, eager
-from parity import GRAD_LAYOUTS, INPUT_LAYOUTS, Guarded
+from parity import GRAD_LAYOUTS, INPUT_LAYOUTS, Guarded, assert_no_worse
 from sweep import INTERPRETED, Target, forced, targets
 from torch.testing._internal import common_methods_invocations, common_modules
 
@@ -164,6 +164,41 @@ def test_residual_of_any_layout(target: Target, activation: str, size: tuple[int
         close(*results, rtol=1e-6 if activation == "gelu" else 1e-9, atol=1e-9)
         for guard in guards:
             guard.check()
+
+
+LARGE = {
+    "planes": ((1, 3, 840, 840), "identity"),
+    "planes, with a mask": ((1, 3, 840, 840), "relu"),
+    "planes off the boundary": ((53, 2, 141, 141), "identity"),
+    "rows, the last one shorter": ((1, 3, 1, 841, 840), "identity"),
+    "rows, with a mask": ((1, 3, 1, 841, 840), "relu"),
+    "wide rows": ((4100, 528), "identity"),
+}
+
+
+@pytest.mark.parametrize("reason", LARGE)
+def test_batches_past_the_caches(reason: str) -> None:
+    """What no cache could hold is stored past them, which only whole registers on a boundary can be."""
+    size, activation = LARGE[reason]
+    memory = torch.channels_last_3d if len(size) == 5 else torch.contiguous_format
+    x, other, dy = (torch.randn(size).contiguous(memory_format=memory) for _ in range(3))
+    tensors = (x, other, *torch.randn(2, size[1]))
+
+    def run(fn: Any, dtype: torch.dtype, activation: str) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        y = fn(leaves[0], None, None, leaves[2], leaves[3], leaves[1], True, activation=activation)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    # Where rounding decides about the sign of z, nothing is to be learned.
+    dy.masked_fill_(run(eager, torch.float64, "identity")[0].abs() < 1e-4, 0.0)
+    theirs, truths = (run(eager, dtype, activation) for dtype in (torch.float32, torch.float64))
+    for target in targets(CASES["batch_norm"]):
+        if not target.backend.startswith("cpu:"):
+            continue
+        with forced(target):
+            found = run(functional.batch_norm_act, torch.float32, activation)
+        for i, (ours, torch_s, truth) in enumerate(zip(found, theirs, truths, strict=True)):
+            assert_no_worse(ours, torch_s, truth, name=f"{reason}, {target}, result {i}")
 
 
 def test_what_is_saved() -> None:

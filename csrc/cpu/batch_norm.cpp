@@ -86,14 +86,17 @@ class Arrays {
   MaybeTensor owner_;
 };
 
-// Past the caches? Only whole, aligned registers can be: every run, `length` long, must begin on a boundary.
+// Past the caches? Only whole registers on a boundary can be. Where runs begin off it, their edges cannot, and runs
+// must be long; bits of a mask come in whole registers from the beginning of a run.
 template <class T>
-bool past_caches(const Channels& s, int64_t length, int64_t tensors, std::initializer_list<const T*> written) {
+bool past_caches(const Channels& s, int64_t length, int64_t tensors, bool masked, std::initializer_list<T*> written) {
   constexpr int64_t kRegister = kLanes<Acc<T>> * sizeof(T);
-  for (const T* p : written) {
-    if (reinterpret_cast<uintptr_t>(p) % kRegister != 0) return false;
-  }
-  return length * int64_t{sizeof(T)} % kRegister == 0 && worth_streaming(tensors * s.numel() * int64_t{sizeof(T)});
+  uintptr_t off = 0;
+  for (const T* p : written) off |= reinterpret_cast<uintptr_t>(p) % kRegister;
+  if (off != 0) return false;
+  const bool aligned = length * int64_t{sizeof(T)} % kRegister == 0;
+  const bool enough = aligned || (!masked && !s.rows() && length * int64_t{sizeof(T)} >= 8 * kRegister);
+  return enough && worth_streaming(tensors * s.numel() * int64_t{sizeof(T)});
 }
 
 // ---- operands -------------------------------------------------------------------------------------------------------
@@ -141,24 +144,24 @@ struct Operands {
 constexpr int64_t kChunksBack = 16;
 
 // f(row)(j, lanes, constants) for all elements of all rows.
-template <class A, int N, class F>
+template <class A, int N, bool Much, class F>
 void walk_back(const RowCut& cut, const Arrays<A>& values, bool streaming, const F& f) {
   parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
     for (int64_t i = end; i > begin; i -= kChunksBack) {
-      over_rows(cut, cut.begin(std::max(begin, i - kChunksBack)), cut.end(i - 1),
-                [&](int64_t row, int64_t rows, int64_t columns) {
-                  over_strips<A>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
-                    constexpr int L = kLanes<A>;
-                    Constants<N, A> k[K];
+      over_rows<true>(cut, cut.begin(std::max(begin, i - kChunksBack)), cut.end(i - 1),
+                      [&](int64_t row, int64_t rows, int64_t columns) {
+                        over_strips<A, Much>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
+                          constexpr int L = kLanes<A>;
+                          Constants<N, A> k[K];
 #pragma GCC unroll 4
-                    for (int n = 0; n < K; ++n) k[n] = of_columns<N, A>(values, j + n * L, lanes);
-                    for (int64_t r = row; r < row + rows; ++r) {
-                      const auto element = f(r);
+                          for (int n = 0; n < K; ++n) k[n] = of_columns<N, A>(values, j + n * L, lanes);
+                          for (int64_t r = row; r < row + rows; ++r) {
+                            const auto element = f(r);
 #pragma GCC unroll 4
-                      for (int n = 0; n < K; ++n) element(j + n * L, lanes, k[n]);
-                    }
-                  });
-                });
+                            for (int n = 0; n < K; ++n) element(j + n * L, lanes, k[n]);
+                          }
+                        });
+                      });
     }
     if (streaming) streamed();
   });
@@ -192,7 +195,7 @@ struct Forward {
     const Arrays<A> values(3, s.channels, where);
     const Arrays<A> parts(4, s.channels * cut.chunks, where);
     auto* sums = reinterpret_cast<ShiftedSums<A>*>(parts[0]);
-    const bool streaming = past_caches<T>(s, s.inner, residual.data ? 3 : 2, {y});
+    const bool streaming = past_caches<T>(s, s.inner, residual.data ? 3 : 2, mode == kMasked, {y});
     auto measure_chunk = [&](int64_t c, int64_t i) {
       const auto at = cut.chunk(s, i);
       sums[c * cut.chunks + i] =
@@ -203,8 +206,10 @@ struct Forward {
       derive(c, values[0], values[1], values[2]);
     };
     const int64_t row_bytes = (s.inner + 7) / 8;
-    auto write_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i) {
-      const auto at = cut.chunk(s, i);
+    // `after` is the channel that is measured next, from its first chunk on, while this one is written from its last.
+    // Its x is asked for, and so are its lines of y, which must be read to be written in part; c itself for nothing.
+    auto write_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i, int64_t after) {
+      const auto at = cut.chunk(s, i), then = after == c ? at : cut.chunk(s, cut.chunks - 1 - i);
       const auto k = of_channel<kShift + 1, A>(values, c);
       for (int64_t r = at.run; r < at.run + at.runs; ++r) {
         Run<T> run{};
@@ -212,9 +217,13 @@ struct Forward {
         run.y = y + (r * s.channels + c) * s.inner + at.begin;
         if (Add) run.residual = residual.data + r * residual.outer + c * residual.channel + at.begin;
         if (M == kMasked) run.bits = bits + (r * s.channels + c) * row_bytes + at.begin / 8;
-        sweep<A, 4>(0, at.length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-          forward_step<M, Add>(run, j, lanes, k, slope, streaming);
-        });
+        run.next_x = x.data + std::min(then.run + r - at.run, s.outer - 1) * x.outer + after * x.channel + then.begin;
+        sweep_run<much(M) ? 1 : 4>(at.length, run.y, streaming,
+                                   [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+                                     ask_for(run.next_x + j);
+                                     if (!streaming) ask_for(run.y + (after - c) * s.inner + j);
+                                     forward_step<M, Add>(run, j, lanes, k, slope, streaming);
+                                   });
       }
     };
     with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
@@ -222,7 +231,9 @@ struct Forward {
         for (int64_t c = 0; c < s.channels; ++c) finish(c);
         // In the order of memory: a chunk is then the same group of images for every channel.
         parallel(s.channels * cut.chunks, s.samples() / cut.chunks, [&](int64_t begin, int64_t end) {
-          for (int64_t k = begin; k < end; ++k) write_chunk.template operator()<M, Add>(k % s.channels, k / s.channels);
+          for (int64_t k = begin; k < end; ++k) {
+            write_chunk.template operator()<M, Add>(k % s.channels, k / s.channels, k % s.channels);
+          }
           if (streaming) streamed();
         });
         return;
@@ -233,7 +244,8 @@ struct Forward {
           for (int64_t c = begin; c < end; ++c) {
             for (int64_t i = 0; i < cut.chunks; ++i) measure_chunk(c, i);
             finish(c);
-            for (int64_t i = cut.chunks; written && i-- > 0;) write_chunk.template operator()<M, Add>(c, i);
+            const int64_t after = std::min(c + 1, end - 1);
+            for (int64_t i = cut.chunks; written && i-- > 0;) write_chunk.template operator()<M, Add>(c, i, after);
           }
           if (streaming) streamed();
         });
@@ -246,7 +258,9 @@ struct Forward {
       for (int64_t c = 0; c < s.channels; ++c) finish(c);
       if (!written) return;
       parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
-        for (int64_t k = end; k-- > begin;) write_chunk.template operator()<M, Add>(k / cut.chunks, k % cut.chunks);
+        for (int64_t k = end; k-- > begin;) {
+          write_chunk.template operator()<M, Add>(k / cut.chunks, k % cut.chunks, k / cut.chunks);
+        }
         if (streaming) streamed();
       });
     });
@@ -267,7 +281,7 @@ struct Forward {
     for (int64_t c = 0; c < s.channels; ++c) derive(c, values[0], values[1], values[2]);
     for (int i = 0; i < 3; ++i) spread(cut, s, values[i]);
     if (!written) return;
-    const bool streaming = past_caches<T>(s, cut.width, residual.data ? 3 : 2, {y});
+    const bool streaming = past_caches<T>(s, cut.width, residual.data ? 3 : 2, mode == kMasked, {y});
     auto run_at = [&](int64_t row) {
       Run<T> run{};
       run.x = x.data + row * x.outer;
@@ -277,7 +291,7 @@ struct Forward {
       return run;
     };
     with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
-      walk_back<A, kShift + 1>(cut, values, streaming, [&](int64_t row) {
+      walk_back<A, kShift + 1, much(M)>(cut, values, streaming, [&](int64_t row) {
         return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k)
                    __attribute__((always_inline)) { forward_step<M, Add>(run, j, lanes, k, slope, streaming); };
       });
@@ -417,7 +431,7 @@ struct Backward {
   void planes(const Tensor& where) {
     const Planes cut(s);
     const Arrays<A> values(kValues, s.channels, where), parts(2, s.channels * cut.chunks, where);
-    const bool streaming = past_caches<T>(s, s.inner, tensors(), {dx, dresidual});
+    const bool streaming = past_caches<T>(s, s.inner, tensors(), mode == kMasked, {dx, dresidual});
     const int64_t row_bytes = (s.inner + 7) / 8;
     auto run_at = [&](int64_t r, int64_t c, int64_t begin) {
       const int64_t at = (r * s.channels + c) * s.inner + begin;
@@ -430,7 +444,7 @@ struct Backward {
       if (bits) run.bits = const_cast<uint8_t*>(bits) + (r * s.channels + c) * row_bytes + begin / 8;
       return run;
     };
-    int64_t outer[4] = {x.outer, dy.outer, residual.outer, 0};
+    const int64_t outer[3] = {x.outer, dy.outer, residual.outer};
     auto sum_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i) {
       const auto at = cut.chunk(s, i);
       const auto found = gradient_sums<M, Add>(run_at(at.run, c, at.begin), outer, s.channels * row_bytes, at.runs,
@@ -442,14 +456,21 @@ struct Backward {
       for (int64_t i = c * cut.chunks; summed && i < (c + 1) * cut.chunks; ++i) g += parts[0][i], gx += parts[1][i];
       derive_means(c, g, gx, values[kOffset], values[kSlope]);
     };
-    auto write_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i) {
-      const auto at = cut.chunk(s, i);
+    auto write_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i, int64_t after) {
+      const auto at = cut.chunk(s, i), then = after == c ? at : cut.chunk(s, cut.chunks - 1 - i);
       const auto k = of_channel<kValues, A>(values, c);
       for (int64_t r = at.run; r < at.run + at.runs; ++r) {
-        const auto run = run_at(r, c, at.begin);
-        sweep<A, 2>(0, at.length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-          backward_step<M, Add>(run, j, lanes, k, slope, training, streaming);
-        });
+        auto run = run_at(r, c, at.begin);
+        const auto next = run_at(std::min(then.run + r - at.run, s.outer - 1), after, then.begin);
+        run.next_x = next.x, run.next_dy = next.dy;
+        const int64_t beside = (after - c) * s.inner;
+        sweep_run<much(M) ? 1 : 2>(at.length, dx ? run.dx : run.dresidual, streaming,
+                                   [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+                                     ask_for(run.next_x + j);
+                                     ask_for(run.next_dy + j);
+                                     if (!streaming && run.dx) ask_for(run.dx + beside + j);
+                                     backward_step<M, Add>(run, j, lanes, k, slope, training, streaming);
+                                   });
       }
     };
     with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
@@ -460,7 +481,8 @@ struct Backward {
             derive(c, values);
             for (int64_t i = 0; summed && i < cut.chunks; ++i) sum_chunk.template operator()<M, Add>(c, i);
             finish(c);
-            for (int64_t i = cut.chunks; written() && i-- > 0;) write_chunk.template operator()<M, Add>(c, i);
+            const int64_t after = std::max(c - 1, begin);
+            for (int64_t i = cut.chunks; written() && i-- > 0;) write_chunk.template operator()<M, Add>(c, i, after);
           }
           if (streaming) streamed();
         });
@@ -476,7 +498,9 @@ struct Backward {
       for (int64_t c = 0; c < s.channels; ++c) finish(c);
       if (!written()) return;
       parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
-        for (int64_t k = end; k-- > begin;) write_chunk.template operator()<M, Add>(k / cut.chunks, k % cut.chunks);
+        for (int64_t k = end; k-- > begin;) {
+          write_chunk.template operator()<M, Add>(k / cut.chunks, k % cut.chunks, k / cut.chunks);
+        }
         if (streaming) streamed();
       });
     });
@@ -517,8 +541,8 @@ struct Backward {
       for (int64_t c = 0; c < s.channels; ++c) derive_means(c, g[c], gx[c], values[kOffset], values[kSlope]);
       if (!written()) return;
       for (int i : {kOffset, kSlope}) spread(cut, s, values[i]);
-      const bool streaming = past_caches<T>(s, cut.width, tensors(), {dx, dresidual});
-      walk_back<A, kSlope + 1>(cut, values, streaming, [&](int64_t row) {
+      const bool streaming = past_caches<T>(s, cut.width, tensors(), mode == kMasked, {dx, dresidual});
+      walk_back<A, kSlope + 1, much(M)>(cut, values, streaming, [&](int64_t row) {
         return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k) __attribute__((always_inline)) {
           backward_step<M, Add>(run, j, lanes, k, slope, training, streaming);
         };

@@ -164,6 +164,7 @@ struct RowCut {
   static constexpr int64_t kMostRows = 128, kFewestChunks = 16, kWidest = 4096, kColumns = 64;
   static constexpr int64_t kTogether = 16;      // rows whose terms are summed before they join the sums of a chunk
   static constexpr int64_t kVisited = 1 << 14;  // elements walked by columns, which should stay in the caches
+  static constexpr int64_t kNarrow = 256;       // wider rows are best walked nearly in the order of memory
   int64_t width, count, last, rows, chunks;     // rows per chunk
 
   RowCut(const Channels& s, bool dense, bool mask) {
@@ -188,21 +189,24 @@ struct RowCut {
 };
 
 // f(row, rows, columns) over rows first .. end - 1, some at a time; the short last row comes alone.
-template <class F>
+template <bool Written, class F>
 inline __attribute__((always_inline)) void over_rows(const RowCut& cut, int64_t first, int64_t end, F&& f) {
   const int64_t full = end == cut.count && cut.last < cut.width ? end - 1 : end;
-  const int64_t some = std::max<int64_t>(RowCut::kVisited / cut.width / RowCut::kTogether, 1) * RowCut::kTogether;
+  int64_t some = std::max<int64_t>(RowCut::kVisited / cut.width / RowCut::kTogether, 1) * RowCut::kTogether;
+  if (cut.width > RowCut::kNarrow) some = Written ? 1 : 4;
   for (int64_t row = first; row < full; row += some) f(row, std::min(some, full - row), cut.width);
   if (full < end) f(full, int64_t{1}, cut.last);
 }
 
 // f.operator()<K>(j, lanes): K registers of neighbouring columns from j on. What belongs to the columns stays in
-// registers while a loop inside f goes over the rows.
-template <class A, class F>
+// registers while a loop inside f goes over the rows. One register at a time is enough where much is done with it.
+template <class A, bool Much, class F>
 inline __attribute__((always_inline)) void over_strips(int64_t columns, F&& f) {
-  constexpr int L = kLanes<A>, K = kVecBytes == 64 ? 4 : 2;
+  constexpr int L = kLanes<A>, K = Much ? 1 : kVecBytes == 64 ? 4 : 2;
   int64_t j = 0;
-  for (; j + K * L <= columns; j += K * L) f.template operator()<K>(j, Full{});
+  if constexpr (K > 1) {
+    for (; j + K * L <= columns; j += K * L) f.template operator()<K>(j, Full{});
+  }
   for (; j + L <= columns; j += L) f.template operator()<1>(j, Full{});
   if (j < columns) f.template operator()<1>(j, Tail{static_cast<int>(columns - j)});
 }
@@ -238,6 +242,9 @@ inline __attribute__((always_inline)) Constants<N, A> of_columns(const V& values
 
 // What follows normalization; the mask stands for the sign of z in a backward.
 enum Mode { kPlain, kRectified, kMasked, kWithSilu, kWithGelu };
+
+// Is a register of elements work for many instructions?
+inline constexpr bool much(Mode m) { return m == kWithSilu || m == kWithGelu; }
 
 inline Mode mode_of(int64_t activation, bool masked) {
   if (masked) return kMasked;
@@ -282,7 +289,25 @@ struct Run {
   const T *x, *residual, *dy;
   T *y, *dx, *dresidual;
   uint8_t* bits;
+  const T *next_x, *next_dy;  // what is read after this run: asked for while this one is written
 };
+
+// f(j, lanes) over a run. What is written past the caches begins with whole registers at `p`'s next boundary.
+template <int Unroll, class T, class F, class A = Acc<T>>
+inline __attribute__((always_inline)) void sweep_run(int64_t length, const T* p, bool past_caches, F&& f) {
+  constexpr int64_t kRegister = kLanes<A> * sizeof(T);
+  int64_t head = 0;
+  if (past_caches) {
+    head = std::min<int64_t>((-reinterpret_cast<uintptr_t>(p) % kRegister) / sizeof(T), length);
+    if (head > 0) f(int64_t{0}, Tail{static_cast<int>(head)});
+  }
+  sweep<A, Unroll>(head, length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) { f(j, lanes); });
+}
+
+template <class T>
+inline void ask_for(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
 
 template <class T, class L>
 inline __attribute__((always_inline)) void put(T* p, Vec<Acc<T>> v, L lanes, bool past_caches) {

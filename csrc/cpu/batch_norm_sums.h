@@ -65,8 +65,8 @@ template <bool Scaled, class T, class A = Acc<T>>
 inline void column_moments(const RowCut& cut, int64_t chunk, const T* x, int64_t stride, const ColumnSums<A>& s) {
   std::fill_n(s.d, cut.width, A(0));
   std::fill_n(s.d2, cut.width, A(0));
-  over_rows(cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t rows, int64_t columns) {
-    over_strips<A>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
+  over_rows<false>(cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t rows, int64_t columns) {
+    over_strips<A, false>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
       constexpr int L = kLanes<A>;
       Vec<A> shift[K], scale[K], sums[K], squares[K];
 #pragma GCC unroll 4
@@ -239,7 +239,7 @@ inline void merge_columns(const RowCut& cut, const Channels& s, A* parts, const 
 // ---- sums of the backward -------------------------------------------------------------------------------------------
 
 template <Mode M, bool Add, class T, class C, class A = Acc<T>>
-inline std::array<A, 2> gradient_sums(const Run<T>& first, int64_t outer[4], int64_t bits_stride, int64_t runs,
+inline std::array<A, 2> gradient_sums(const Run<T>& first, const int64_t outer[3], int64_t bits_stride, int64_t runs,
                                       int64_t length, const C& c, const Slope<A>& slope) {
   A sums[2];
   reduce_runs<A>(runs, length, sums, [&](int64_t r, int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
@@ -258,8 +258,8 @@ inline void column_gradient_sums(const RowCut& cut, int64_t chunk, const At& run
                                  const Slope<A>& slope, A* sum_g, A* sum_gx) {
   std::fill_n(sum_g, cut.width, A(0));
   std::fill_n(sum_gx, cut.width, A(0));
-  over_rows(cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t rows, int64_t columns) {
-    over_strips<A>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
+  over_rows<false>(cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t rows, int64_t columns) {
+    over_strips<A, much(M)>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
       constexpr int L = kLanes<A>;
       Constants<kDrift + 1, A> c[K];
       Vec<A> sums[K][2];

@@ -154,18 +154,12 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        buffers: tuple[Tensor | None, ...],
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        activation: int,
-        slope: float,
+        settings: tuple[Any, ...],  # the rest of what `_forward` takes; one argument, for each costs time
         apart: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        _, training, _, eps, activation, slope = settings
         need_mask = residual is not None and activation in bn.SIGNED
-        y, stats, mask = _forward(
-            x, residual, weight, bias, buffers, training, momentum, eps, activation, slope, need_mask
-        )
+        y, stats, mask = _forward(x, residual, weight, bias, *settings, need_mask)
         # z is made again from what it was made of, unless the mask says enough, or y says all.
         again = activation != bn.IDENTITY and not need_mask
         ctx.save_for_backward(
@@ -187,9 +181,17 @@ class _BatchNorm(torch.autograd.Function):
             run = batch_norm_bwd.implementation("reference")
             stats = bn.statistics(x, ctx.eps) if ctx.training else stats
         need = (need_x, need_residual and not same, need_weight, need_bias)
-        grads = run(dy, x, residual, weight, bias, stats, mask, None, ctx.training, ctx.activation, ctx.slope, *need)
-        dx, dresidual, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
-        return dx, dy if need_residual and same else dresidual, dweight, dbias, *(None,) * 7
+        dx, dresidual, dweight, dbias = run(
+            dy, x, residual, weight, bias, stats, mask, None, ctx.training, ctx.activation, ctx.slope, *need
+        )
+        return (
+            dx if need_x else None,
+            (dy if same else dresidual) if need_residual else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            None,
+            None,
+        )
 
 
 def _forward(
@@ -227,7 +229,7 @@ def _run(
     slope: float,
 ) -> Tensor:
     """Everything behind the public functions and modules; `buffers` are running_mean, running_var, counter."""
-    bn.check(input, *buffers[:2], weight, bias, training, eps)
+    bn.check(input, buffers[0], buffers[1], weight, bias, training, eps)
     if weight is not None and bias is not None and weight.dtype is not bias.dtype:
         # Kernels write both gradients in one dtype; the casts' own backward rounds each to its parameter's.
         weight, bias = (p.to(accumulate_dtype(input.dtype)) for p in (weight, bias))
@@ -240,13 +242,13 @@ def _run(
     # torch.compile refuses a Function that changes its inputs: there the averages are updated from what it returns.
     apart = training and torch.compiler.is_compiling()
     given = NO_BUFFERS if apart else buffers
-    args = (input, residual, weight, bias, given, training, momentum, eps, activation, slope)
+    settings = (given, training, momentum, eps, activation, slope)
     if wants_grad(input, weight, bias) or (residual is not None and wants_grad(residual, None)):
-        y = _BatchNorm.apply(*args, apart)
+        y = _BatchNorm.apply(input, residual, weight, bias, settings, apart)
         if apart:
             y, stats = y
     else:
-        y, stats, _ = _forward(*args, False)
+        y, stats, _ = _forward(input, residual, weight, bias, *settings, False)
     if apart:
         bn.track(stats, bn.count(input), *buffers, momentum)
     elif training and buffers[0] is not None:
