@@ -313,7 +313,7 @@ Triple forward(const char* op, const Tensor& x, const MaybeTensor& residual, con
   check_input(op, x, residual, weight, bias, activation);
   const auto kind = accumulate_dtype(x.scalar_type());
   const int64_t channels = x.size(1);
-  auto y = fusedtricks::empty_like(x);
+  auto y = result_like(x);
   auto stats = empty({4, channels}, kind, x);
   need_mask = need_mask && need_y;
   const Channels s(y);
@@ -566,9 +566,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
                   ": the statistics must be those that the forward returned");
   STD_TORCH_CHECK(!given || (given->numel() == 2 * channels && given->is_contiguous() && given->scalar_type() == kind),
                   op, ": sums must be (2, C) in the dtype of the statistics");
-  auto like_x = [&](bool need) { return need ? fusedtricks::empty_like(x) : empty({0}, x.scalar_type(), x); };
+  auto like_x = [&](bool need) { return need ? result_like(x) : empty({0}, x.scalar_type(), x); };
   auto dx = like_x(need_dx), dresidual = like_x(need_dresidual);
-  const auto template_ = need_dx ? dx : need_dresidual ? dresidual : fusedtricks::empty_like(x);
+  const auto template_ = need_dx ? dx : need_dresidual ? dresidual : result_like(x);
   const auto kind_of_parameters = parameter_dtype(weight, stats);
   auto parameter = [&](bool need) { return empty({need ? channels : 0}, kind_of_parameters, x); };
   auto dweight = parameter(need_dweight), dbias = parameter(need_dbias);

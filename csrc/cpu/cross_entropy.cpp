@@ -3,10 +3,6 @@
 
 #include "cross_entropy_call.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace fusedtricks::FT_ISA {
 
 namespace {
@@ -205,22 +201,6 @@ void run(const Layout& l, const Targets<Acc<T>>& targets, const Pass<T>& pass) {
   go.template operator()<A, true>();
 }
 
-// A gradient with the strides of the logits. What is fresh from the operating system is mapped when it is first
-// written, page by page, which takes a large gradient several times as long as computing it does: large pages are asked
-// for. That is advice, and concerns pages that are the gradient's alone.
-Tensor new_gradient(const Tensor& logits) {
-  auto out = fusedtricks::empty_like(logits);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLargePage = 2 << 20;
-  const int64_t bytes = out.numel() * static_cast<int64_t>(out.element_size());
-  const auto first = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t begin = (first + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t end = (first + bytes) / kLargePage * kLargePage;
-  if (bytes > kCacheBytes && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return out;
-}
-
 template <class A>
 LossOptions<A> options(int64_t ignore_index, double on, double off, double z_loss, double softcap, double scale) {
   return {ignore_index,           static_cast<A>(on),      static_cast<A>(off),
@@ -241,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tenso
   const auto shape = check_loss(op, logits, target, other, lam, weight);
   const int64_t R = shape.rows, C = shape.columns;
   const auto accumulate = accumulate_dtype(logits.scalar_type());
-  const auto dlogits = need_dlogits ? new_gradient(logits) : empty({0}, logits.scalar_type(), logits);
+  const auto dlogits = need_dlogits ? result_like(logits) : empty({0}, logits.scalar_type(), logits);
   const auto rank =
       need_rank ? empty({other ? 2 : 1, R}, ScalarType::Int, logits) : empty({0}, ScalarType::Int, logits);
   const auto losses = empty(Sizes(logits.sizes().data(), logits.dim() - 1), accumulate, logits);
@@ -305,7 +285,7 @@ Tensor cross_entropy_bwd(const Tensor& dloss, const MaybeTensor& dlse, const Ten
                          const MaybeTensor& other, const MaybeTensor& lam, const MaybeTensor& weight,
                          const Tensor& stats, const Tensor& total, int64_t ignore_index, double on, double off,
                          double z_loss, double softcap, double scale, int64_t reduction) {
-  auto out = new_gradient(logits);
+  auto out = result_like(logits);
   backward("cross_entropy_bwd", dloss, dlse, logits, target, other, lam, weight, stats, total, ignore_index, on, off,
            z_loss, softcap, scale, reduction, out);
   return out;

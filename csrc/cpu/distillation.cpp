@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_fwd(const Tensor& studen
   const int64_t R = shape.rows, C = shape.columns;
   const auto accumulate = accumulate_dtype(student.scalar_type());
   const Sizes lead(student.sizes().data(), student.dim() - 1);
-  const auto dstudent = need_dstudent ? fusedtricks::empty_like(student) : empty({0}, student.scalar_type(), student);
+  const auto dstudent = need_dstudent ? result_like(student) : empty({0}, student.scalar_type(), student);
   const auto losses = empty(lead, accumulate, student), stats = empty({kStats, R}, accumulate, student);
   const auto total = empty(Sizes(), accumulate, student);
   const auto loss = reduction == 0 ? losses : empty(Sizes(), accumulate, student);
@@ -110,7 +110,7 @@ Tensor distillation_bwd(const Tensor& dloss, const Tensor& student, const Tensor
   STD_TORCH_CHECK(stats.numel() == kStats * R && stats.is_contiguous() && stats.scalar_type() == accumulate &&
                       total.scalar_type() == accumulate && total.numel() == 1,
                   op, ": the statistics must be those that the forward returned");
-  auto dstudent = fusedtricks::empty_like(student);
+  auto dstudent = result_like(student);
   if (R == 0) return dstudent;
   const auto layout = lay_out(student, dstudent, probabilities_of(teacher, student), true);
   const Tensor grad = torch::stable::contiguous(dloss);

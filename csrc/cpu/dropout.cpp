@@ -72,7 +72,7 @@ void drop(const char* op, const Tensor& x, Tensor& y, const Tensor& seed, int64_
 }
 
 Tensor dropout_fwd(const Tensor& x, const Tensor& seed, int64_t keep, int64_t group) {
-  auto y = fusedtricks::empty_like(x);
+  auto y = result_like(x);
   drop("dropout_fwd", x, y, seed, keep, group);
   return y;
 }

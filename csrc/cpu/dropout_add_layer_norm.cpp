@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> dropout_add_layer_norm_fwd(const Tensor& x, c
   const auto shape = check_rows(op, x, weight, bias, dims);
   check_plain(op, "x", x, x);
   check_plain(op, "residual", residual, x);
-  const Tensor z = fusedtricks::empty_like(x);
+  const Tensor z = result_like(x);
   const Sum sum{x, residual, z, shape.columns, Dropping(op, x, seed, keep)};
   auto [y, stats] = center ? forward<true>(op, z, weight, bias, eps, dims, sum)
                            : forward<false>(op, z, weight, std::nullopt, eps, dims, sum);
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_bwd(const Tens
   const auto shape = check_rows(op, z, weight, std::nullopt, dims);
   check_plain(op, "z", z, z);
   if (dz) check_plain(op, "dz", *dz, z);
-  const Tensor dx = need_dx ? fusedtricks::empty_like(z) : empty({0}, z.scalar_type(), z);
+  const Tensor dx = need_dx ? result_like(z) : empty({0}, z.scalar_type(), z);
   const Split split{dz, dx, shape.columns, need_dx, Dropping(op, z, seed, keep)};
   const bool need_dz = need_dx || need_dresidual;
   auto [dresidual, dweight, dbias] =

@@ -197,12 +197,12 @@ Tensor mixup_fwd(const Tensor& x, const Tensor& lam, const Tensor& perm, const M
                  const MaybeTensor& shift, ScalarType dtype) {
   if (x.scalar_type() == ScalarType::Byte) {
     check_floating("mixup_fwd", "dtype", dtype);
-    auto y = fusedtricks::empty_like(x, dtype);
+    auto y = result_like(x, dtype);
     mix_images("mixup_fwd", x, y, lam, perm, scale, shift);
     return y;
   }
   STD_TORCH_CHECK(!scale && !shift && dtype == x.scalar_type(), "mixup_fwd: scale, shift and dtype are for uint8 x");
-  auto y = fusedtricks::empty_like(x);
+  auto y = result_like(x);
   mix_batch<false>("mixup_fwd", x, y, lam, perm);
   return y;
 }
@@ -210,7 +210,7 @@ Tensor mixup_fwd(const Tensor& x, const Tensor& lam, const Tensor& perm, const M
 void mixup_fwd_(Tensor x, const Tensor& lam, const Tensor& perm) { mix_batch<false>("mixup_fwd_", x, x, lam, perm); }
 
 Tensor mixup_bwd(const Tensor& dy, const Tensor& lam, const Tensor& perm) {
-  auto dx = fusedtricks::empty_like(dy);
+  auto dx = result_like(dy);
   mix_batch<true>("mixup_bwd", dy, dx, lam, perm);
   return dx;
 }

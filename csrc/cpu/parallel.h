@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "result.h"
 #include "torch_api.h"
 #include "vec.h"
 

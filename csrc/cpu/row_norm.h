@@ -195,12 +195,12 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const Ma
                                    const MaybeTensor& bias, double eps, int64_t dims, const Prepare& prepare = {}) {
   const auto shape = check_rows(op, input, weight, bias, dims);
   const auto x = unit_columns(input, dims) ? input : torch::stable::contiguous(input);
-  auto y = fusedtricks::empty_like(input);
+  auto y = result_like(input);
   auto stats = Center ? empty({3, shape.rows}, accumulate_dtype(x.scalar_type()), x)
                       : empty({shape.rows}, accumulate_dtype(x.scalar_type()), x);
   if (shape.rows == 0 || shape.columns == 0) return {y, stats};
   // A layout whose columns are strided is computed in a plain tensor and copied.
-  auto out = unit_columns(y, dims) ? y : fusedtricks::empty_like(x);
+  auto out = unit_columns(y, dims) ? y : result_like(x);
   const auto leading = row_major(input, dims);
   const auto rows =
       collapse_rows<3>(x.dim() - dims, x.sizes().data(), {out.strides().data(), x.strides().data(), leading.data()});
@@ -397,14 +397,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad, 
     return need ? empty(Sizes(sizes.data() + x.dim() - dims, dims), parameter_dtype, x)
                 : empty({0}, parameter_dtype, x);
   };
-  auto dx = need_dx ? fusedtricks::empty_like(input) : empty({0}, x.scalar_type(), x);
+  auto dx = need_dx ? result_like(input) : empty({0}, x.scalar_type(), x);
   auto dweight = parameter(need_dweight), dbias = parameter(need_dbias);
   if (shape.rows == 0 || shape.columns == 0) {
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);
     return {dx, dweight, dbias};
   }
-  auto out = !need_dx || unit_columns(dx, dims) ? dx : fusedtricks::empty_like(x);
+  auto out = !need_dx || unit_columns(dx, dims) ? dx : result_like(x);
   const auto leading = row_major(input, dims);
   const auto* out_strides = need_dx ? out.strides().data() : x.strides().data();
   const auto rows = collapse_rows<4>(x.dim() - dims, x.sizes().data(),

@@ -47,7 +47,7 @@ Tensor shake_shake_fwd(const Tensor& x1, const Tensor& x2, const Tensor& alpha) 
   check_weights("shake_shake_fwd", x1, alpha);
   STD_TORCH_CHECK(x2.scalar_type() == x1.scalar_type() && x2.sizes().equals(x1.sizes()),
                   "shake_shake_fwd: x2 must have the shape and dtype of x1");
-  auto y = fusedtricks::empty_like(x1);
+  auto y = result_like(x1);
   if (x1.numel() == 0) return y;
   const bool per_sample = alpha.numel() > 1;
   auto run = [&](const Tensor& a, const Tensor& b, const Tensor& out) {
@@ -81,7 +81,7 @@ Tensor shake_shake_fwd(const Tensor& x1, const Tensor& x2, const Tensor& alpha) 
 std::tuple<Tensor, Tensor> shake_shake_bwd(const Tensor& dy, const Tensor& beta) {
   check_floating("shake_shake_bwd", "dy", dy.scalar_type());
   check_weights("shake_shake_bwd", dy, beta);
-  auto dx1 = fusedtricks::empty_like(dy), dx2 = fusedtricks::empty_like(dy);
+  auto dx1 = result_like(dy), dx2 = result_like(dy);
   if (dy.numel() == 0) return {dx1, dx2};
   const bool per_sample = beta.numel() > 1;
   auto run = [&](const Tensor& from, const Tensor& one, const Tensor& two) {
