@@ -19,7 +19,7 @@ SYSTEM ?= $(eval SYSTEM := $(shell $(PYTHON) -c "import torch; print(int(torch.c
 PY      = $(if $(filter 1,$(SYSTEM)),$(PYTHON),$(VENV)/bin/python)
 BUILT   = $(if $(filter 1,$(SYSTEM)),build/.inplace,$(VENV)/.built)
 # Tests run on all cores where pytest-xdist is there.
-PYTEST  = $(PY) -m pytest $(shell $(PY) -c "import xdist" 2>/dev/null && echo '-n auto --dist loadgroup')
+PYTEST  = $(PY) -m pytest $(shell $(PY) -c "import xdist" 2>/dev/null && echo '-n auto')
 
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 

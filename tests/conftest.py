@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,22 @@ def pytest_configure(config: pytest.Config) -> None:
     # The product of the axes makes thousands of tests: tracebacks stay short enough to be read.
     if config.option.tbstyle == "auto":
         config.option.tbstyle = "short"
+
+
+# What these build or read, once for all of their tests, takes a minute: under pytest-xdist one worker has them.
+WHOLE = ("test_package.py", "test_cuda_compile.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if file.endswith(WHOLE) else nodeid
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,7 @@ def fitting(layouts: dict[str, Any], size: Sequence[int]) -> list[str]:
     return [name for name, (fewest, _, _) in layouts.items() if len(size) >= fewest]
 
 
-def configurations(case: Case, *, samples: int = 150) -> list[Config]:
+def configurations(case: Case, *, samples: int = 120) -> list[Config]:
     """Each axis in full against defaults of the others, then a seeded sample of the whole product."""
     parameters = len(case.floating) - 1
     found = [Config(shape, dtype) for shape in case.shapes for dtype in DTYPES]

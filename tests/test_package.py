@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,9 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOT_OURS = ("triton_kernels", "tests", "bench", "examples", "csrc")
 COMPILERS = ("c++", "g++", "clang++")
-
-# One build serves all: under pytest-xdist, one worker has them.
-pytestmark = [pytest.mark.xdist_group("package")] if importlib.util.find_spec("xdist") else []
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:

@@ -226,7 +226,7 @@ struct Forward {
                                    });
       }
     };
-    with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
+    with_mode<false>(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
       if (!measured) {
         for (int64_t c = 0; c < s.channels; ++c) finish(c);
         // In the order of memory: a chunk is then the same group of images for every channel.
@@ -290,7 +290,7 @@ struct Forward {
       if (bits) run.bits = bits + row * cut.width / 8;
       return run;
     };
-    with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
+    with_mode<false>(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
       walk_back<A, kShift + 1, much(M)>(cut, values, streaming, [&](int64_t row) {
         return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k)
                    __attribute__((always_inline)) { forward_step<M, Add>(run, j, lanes, k, slope, streaming); };
@@ -473,7 +473,7 @@ struct Backward {
                                    });
       }
     };
-    with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
+    with_mode<true>(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
       if (s.channels >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
         parallel(s.channels, s.samples(), [&](int64_t begin, int64_t end) {
           // The last channel first: of x, the forward read it last.
@@ -520,7 +520,7 @@ struct Backward {
       if (bits) run.bits = const_cast<uint8_t*>(bits) + row * cut.width / 8;
       return run;
     };
-    with_mode(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
+    with_mode<true>(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
       std::vector<Wide<A>> g(cut.width), gx(cut.width);
       if (summed) {
         const Arrays<A> parts(2 * cut.chunks, cut.width, where);

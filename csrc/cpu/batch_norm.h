@@ -363,10 +363,16 @@ inline __attribute__((always_inline)) void backward_step(const Run<T>& run, int6
   }
 }
 
-// run.operator()<M, Add>() for what a call asks for.
-template <class F>
+// run.operator()<M, Add>() for what a call asks for. A backward looks at what was added only where it makes z again.
+template <bool Backward, class F>
 void with_mode(Mode mode, bool add, const F& run) {
-  auto added = [&]<Mode M>() { add ? run.template operator()<M, true>() : run.template operator()<M, false>(); };
+  auto added = [&]<Mode M>() {
+    if constexpr (Backward && (M == kPlain || M == kMasked)) {
+      run.template operator()<M, false>();
+    } else {
+      add ? run.template operator()<M, true>() : run.template operator()<M, false>();
+    }
+  };
   switch (mode) {
     case kPlain:
       return added.template operator()<kPlain>();
