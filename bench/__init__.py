@@ -53,13 +53,14 @@ class Function:
         return moved if mode == "forward" else moved + self.backward_bytes(n, dtype.itemsize)
 
     def tensors(self, mode: str, size: Size, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-        """What `call` takes: the inputs and, where gradients are wanted, the gradient of the result."""
+        """What `call` takes: the inputs and, where gradients are wanted, the gradient of the result; 1 of a loss."""
         torch.manual_seed(0)
         inputs = self.inputs(size, dtype, device)
         if mode == "forward":
             return tuple(t.detach() for t in inputs)
         with torch.no_grad():
-            return *inputs, torch.randn_like(self.torch(*inputs))
+            y = self.torch(*inputs)
+            return *inputs, torch.randn_like(y) if y.dim() else torch.ones_like(y)
 
     def call(self, fn: Callable[..., Tensor], mode: str, tensors: tuple[Tensor, ...]) -> Call:
         """One call of `fn`, the thing that is timed."""

@@ -63,7 +63,7 @@ def check(operation: Any, mode: str, size: tuple[int, ...], dtype: torch.dtype, 
     if operation.random:
         return
     tensors = operation.tensors(mode, size, dtype, device)
-    exact = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
+    exact = tuple(t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in tensors)
     truth = operation.call(operation.torch, mode, exact)()
     theirs = operation.call(operation.torch, mode, tensors)()
     with fusedtricks.backend(backend):
