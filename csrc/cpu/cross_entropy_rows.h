@@ -66,12 +66,14 @@ inline A row_top(const Loss<T, P, Plain>& loss, const T* x) {
 }
 
 // sums: exp(z - top); w (z - top), or q (z - top); q. With Keep, exp(z - top) goes to `kept`. Meanwhile the row that is
-// next, at `next`, travels to the caches: this is where the arithmetic takes its time.
-template <bool Keep, bool Probabilities, class T, class P, bool Plain, class A = Acc<T>>
+// next, at `next`, travels to the caches: this is where the arithmetic takes its time. So does what `before` stores: it
+// is told j before anything at or beyond kept + j is overwritten.
+template <bool Keep, bool Probabilities, class T, class P, bool Plain, class Before, class A = Acc<T>>
 inline void row_sums(const Loss<T, P, Plain>& loss, const T* x, const P* t, A top, A* kept, const T* next,
-                     A (&sums)[3]) {
+                     const Before& before, A (&sums)[3]) {
   reduce<A, 4>(loss.classes, sums, [&](int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
     __builtin_prefetch(next + j, 0, 2);
+    before(j);
     const Vec<A> centred = loss.z(load(x + j, lanes)) - top;
     const Vec<A> e = exp<A>(centred);
     if constexpr (Keep) store(kept + j, e, lanes);
@@ -89,25 +91,44 @@ inline void row_sums(const Loss<T, P, Plain>& loss, const T* x, const P* t, A to
   });
 }
 
-// dx = slope.softmax softmax - g q, from e(j, lanes) = exp(z - top); `unit` is 1 / sum e. x and dx may be one memory.
-template <bool Probabilities, bool Stream, class T, class P, bool Plain, class E, class A = Acc<T>>
-inline void row_gradient(const Loss<T, P, Plain>& loss, const T* x, const P* t, const RowTarget<A>& target,
-                         const RowSlope<A>& slope, A unit, const E& e, T* dx) {
-  if (slope.zero) {
-    for (int64_t j = 0; j < loss.classes; ++j) dx[j] = T{};
-    return;
+// The gradient of a row, dx = slope.softmax softmax - g q, from e(j, lanes) = exp(z - top). x and dx may be one memory.
+// It is open() first, then stored, as a whole or register by register, then closed.
+template <bool Probabilities, class T, class P, bool Plain, class A = Acc<T>>
+struct RowGradient {
+  const Loss<T, P, Plain>& loss;
+  const T* x;
+  const P* t;
+  T* dx;
+  RowTarget<A> target;
+  RowSlope<A> slope;
+  A k, off, at_a, at_b;
+  int64_t head;  // What is streamed is stored from where it is aligned.
+
+  // `unit` is 1 / sum e.
+  template <bool Stream, class E>
+  void open(const T* x_, const P* t_, T* dx_, const RowTarget<A>& target_, const RowSlope<A>& slope_, A unit,
+            const E& e) {
+    x = x_, t = t_, dx = dx_, target = target_, slope = slope_;
+    k = slope.softmax * unit, off = slope.g * target.off;
+    // At the labels, before anything is overwritten.
+    auto at = [&](int64_t c) {
+      A value = k * e(c, Tail{1})[0] - off * loss.weight_at(c);
+      if (c == target.a) value -= slope.g * target.at_a;
+      if (c == target.b) value -= slope.g * target.at_b;
+      if constexpr (!Plain) value *= loss.z.slope(load(x + c, Tail{1}))[0];
+      return value;
+    };
+    at_a = Probabilities ? A(0) : at(target.a), at_b = Probabilities ? A(0) : at(target.b);
+    head = 0;
+    if constexpr (Stream) {
+      constexpr int64_t kWidth = kLanes<A> * sizeof(T);
+      head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(dx) % kWidth / sizeof(T));
+      if (head > 0) put<Stream>(0, Tail{static_cast<int>(head)}, e);
+    }
   }
-  const A k = slope.softmax * unit, off = slope.g * target.off;
-  // At the labels, before anything is overwritten.
-  auto at = [&](int64_t c) {
-    A value = k * e(c, Tail{1})[0] - off * loss.weight_at(c);
-    if (c == target.a) value -= slope.g * target.at_a;
-    if (c == target.b) value -= slope.g * target.at_b;
-    if constexpr (!Plain) value *= loss.z.slope(load(x + c, Tail{1}))[0];
-    return value;
-  };
-  const A at_a = Probabilities ? A(0) : at(target.a), at_b = Probabilities ? A(0) : at(target.b);
-  auto differentiate = [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+
+  template <bool Stream, class E>
+  __attribute__((always_inline)) void put(int64_t j, auto lanes, const E& e) const {
     Vec<A> value = k * e(j, lanes);
     if constexpr (Probabilities) {
       value -= slope.g * loss.q(load(t + j, lanes), loss.weights(j, lanes));
@@ -116,19 +137,21 @@ inline void row_gradient(const Loss<T, P, Plain>& loss, const T* x, const P* t, 
     }
     if constexpr (!Plain) value *= loss.z.slope(load(x + j, lanes));
     store_or_stream<Stream>(dx + j, value, lanes);
-  };
-  int64_t head = 0;  // What is streamed is stored from where it is aligned.
-  if constexpr (Stream) {
-    constexpr int64_t kWidth = kLanes<A> * sizeof(T);
-    head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(dx) % kWidth / sizeof(T));
-    if (head > 0) differentiate(0, Tail{static_cast<int>(head)}, 0);
   }
-  sweep<A, 4>(head, loss.classes, differentiate);
-  if constexpr (!Probabilities) {
+
+  void close() const {
+    if constexpr (Probabilities) return;
     dx[target.a] = rounded_to<T>(at_a);
     dx[target.b] = rounded_to<T>(at_b);
   }
-}
+
+  template <bool Stream, class E>
+  void store(const E& e) const {
+    sweep<A, 4>(head, loss.classes,
+                [&](int64_t j, auto lanes, int) __attribute__((always_inline)) { put<Stream>(j, lanes, e); });
+    close();
+  }
+};
 
 // How many classes come before `label`, ties in order of the classes.
 template <class T, class A = Acc<T>>
