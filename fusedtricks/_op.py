@@ -9,6 +9,7 @@ where Triton is the recorded choice for CUDA, its launcher takes that key.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ class Op:
         available = [b for b, there in (("cuda", "cuda" in self.kernels), ("triton", self.has_triton)) if there]
         return self.prefer if self.prefer in available else next(iter(available), None)
 
-    @property
+    @functools.cached_property
     def has_triton(self) -> bool:
         return _HAS_TRITON and importlib.util.find_spec(f"fusedtricks.triton_kernels.{self.stem}") is not None
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# Under pytest-xdist there are more threads than cores: one that waits must not spin. Read when torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -34,6 +38,14 @@ def pytest_configure(config: pytest.Config) -> None:
 WHOLE = ("test_package.py", "test_cuda_compile.py")
 
 
+# One of these takes as long as hundreds of others: begun last, it would leave the other workers idle.
+LONG = ("test_bytes_stay_within_budget",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.name.startswith(LONG))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
@@ -48,7 +60,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    torch.manual_seed(0)
+    import sweep
+
+    sweep.seed(0)
     random.seed(0)
     torch.set_num_threads(2)
     yield

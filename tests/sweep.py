@@ -28,6 +28,13 @@ INTERPRETER_ELEMENTS, INTERPRETER_ROWS = 10_000, 64
 devices: list[str] = ["cpu"]  # set by conftest.py
 
 
+def seed(number: int) -> None:
+    """torch.manual_seed for the devices of this run alone, a hundred times faster."""
+    torch.default_generator.manual_seed(number)
+    if "cuda" in devices:
+        torch.cuda.manual_seed_all(number)
+
+
 class Target(NamedTuple):
     device: str
     backend: str
@@ -185,7 +192,7 @@ class Expected:
 
 def generated(case: Case, config: Config) -> tuple[list[Tensor | None], list[Tensor]]:
     """Inputs and the gradients of the outputs, rounded to their dtypes: the truth sees what kernels see."""
-    torch.manual_seed(zlib.crc32(f"{case.stem} {config}".encode()))
+    seed(zlib.crc32(f"{case.stem} {config}".encode()))
     size, *rest = shape_of(case, config)
     values = list(case.inputs(size, *rest))
     if config.adversary:
