@@ -21,6 +21,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="F", help="write every figure to this file")
     parser.add_argument("--plot", type=Path, metavar="F", help="draw the achieved bandwidths into this PNG")
     parser.add_argument("--record", action="store_true", help="write bench/results/<device>/<operation>.json")
+    parser.add_argument(
+        "--system-heap", action="store_true", help="leave the heap as it is: large results then cost page faults"
+    )
     parser.add_argument("--accuracy", action="store_true", help="errors against float64 instead of times")
     parser.add_argument("--traffic", action="store_true", help="bytes that the Triton kernels load and store")
     parser.add_argument("--static", action="store_true", help="registers, spills, vector widths of compiled GPU code")
@@ -52,7 +55,7 @@ def main() -> None:
 
         return instructions.report(list(operations(args.operation)), args.quick)
 
-    from bench import report, run
+    from bench import report, run, timing
     from bench.accuracy import errors, measure
 
     if args.report:
@@ -62,6 +65,8 @@ def main() -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench: torch finds no GPU")
+    if not args.system_heap:
+        timing.keep_freed_memory()
     chosen = operations(args.operation)
     print(f"{report.device_name(device)}, torch {torch.__version__}, revision {report.revision()}\n")
 
@@ -89,11 +94,11 @@ def main() -> None:
                 report.show(operation.stem, *report.columns(mine))
                 rows += mine
     if args.json:
-        report.write_json(args.json, report.document(device, rows, wrong))
+        report.write_json(args.json, report.document(device, rows, wrong, args.system_heap))
     if args.plot and rows:
         report.plot(args.plot, rows, report.device_name(device))
     if args.record:
-        for path in report.record(device, rows, wrong):
+        for path in report.record(device, rows, wrong, args.system_heap):
             print(f"wrote {path.relative_to(report.ROOT)}")
 
 

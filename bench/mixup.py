@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fusedtricks.functional
-from bench import Function, Moved, Size
+from bench import Call, Function, Moved, Size
 from fusedtricks._op import Op
 
 
@@ -17,23 +19,58 @@ def inputs(size: Size, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     return x, torch.rand(size[0], device=device), torch.randperm(size[0], device=device)
 
 
-def eager(x: Tensor, lam: Tensor, perm: Tensor) -> Tensor:
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IN_PLACE, IMAGES = "in place", "uint8 images"
+
+
+def eager(x: Tensor, lam: Tensor, perm: Tensor, mode: str = "", dtype: torch.dtype | None = None) -> Tensor:
+    if mode == IMAGES:
+        mean, std = (torch.tensor(v, device=x.device).reshape(1, 3, 1, 1) for v in (MEAN, STD))
+        x = (((x.float() / 255) - mean) / std).to(dtype)
     own = lam.to(x.dtype).reshape(-1, *(1,) * (x.dim() - 1))
+    if mode == IN_PLACE:  # as timm does
+        partner = x[perm].mul_(1 - own)
+        return x.mul_(own).add_(partner)
     return own * x + (1 - own) * x[perm]
 
 
-class Mixing(Function):
-    """Weights and permutations are no floating inputs."""
+def ours(x: Tensor, lam: Tensor, perm: Tensor, mode: str = "", dtype: torch.dtype | None = None) -> Tensor:
+    options = {IN_PLACE: {"out": x}, IMAGES: {"normalize": (MEAN, STD), "dtype": dtype}}.get(mode, {})
+    return fusedtricks.functional.mixup(x, None, lam, perm, **options)[0]
 
-    def tensors(self, mode: str, size: Size, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+
+class Mixing(Function):
+    """Weights and permutations are no floating inputs. Two more modes: in place, and images as they are stored."""
+
+    modes = (*Function.modes, IN_PLACE, IMAGES)
+
+    def bytes(self, mode: str, size: Size, dtype: torch.dtype) -> int:
+        if mode == IMAGES:
+            return math.prod(size) * (1 + dtype.itemsize)
+        return super().bytes("forward" if mode == IN_PLACE else mode, size, dtype)
+
+    def tensors(self, mode: str, size: Size, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
         torch.manual_seed(0)
         x, *rest = self.inputs(size, dtype, device)
+        if mode == IMAGES:
+            x = torch.randint(256, size, dtype=torch.uint8, device=device)
+        if mode in (IN_PLACE, IMAGES):
+            return (x.detach(), *rest, mode, dtype)
         return (x.detach(), *rest) if mode == "forward" else (x, *rest, torch.randn_like(x))
+
+    def call(self, fn: Callable[..., Tensor], mode: str, tensors: tuple[Any, ...]) -> Call:
+        return super().call(fn, "forward" if mode in (IN_PLACE, IMAGES) else mode, tensors)
+
+    def further(self, mode: str) -> dict[str, Callable[..., Tensor]]:
+        return {"torch, not in place": lambda x, lam, perm, *_: eager(x, lam, perm)} if mode == IN_PLACE else {}
+
+    def measures(self, mode: str, size: Size, dtype: torch.dtype) -> bool:
+        return mode != IMAGES or size[1:2] == (3,)
 
 
 OPERATION = Mixing(
     stands_in_for="lam x + (1 - lam) x[perm]",
-    ours=lambda x, lam, perm: fusedtricks.functional.mixup(x, None, lam, perm)[0],
+    ours=ours,
     torch=eager,
     inputs=inputs,
     floors=("2ns", "2ns"),

@@ -118,13 +118,19 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name()
 
 
-def document(device: str, rows: Sequence[Row] = (), accuracy: Sequence[Error] = ()) -> dict[str, Any]:
+SYSTEM_HEAP = "the system's: large blocks are returned when freed, and cost page faults when next needed"
+
+
+def document(
+    device: str, rows: Sequence[Row] = (), accuracy: Sequence[Error] = (), system_heap: bool = False
+) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "kind": device,
         "revision": revision(),
         "system": f"{platform.system()} {platform.machine()}",
         "environment": environment(),
+        "heap": SYSTEM_HEAP if system_heap else "keeps what is freed",
         "rows": [row.json() for row in rows],
         "accuracy": [row.json() for row in accuracy],
     }
@@ -135,7 +141,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def record(device: str, rows: Sequence[Row], accuracy: Sequence[Error]) -> list[Path]:
+def record(device: str, rows: Sequence[Row], accuracy: Sequence[Error], system_heap: bool = False) -> list[Path]:
     """One file for each operation under bench/results/<device>/, which is what --report reads."""
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     paths = []
@@ -143,8 +149,9 @@ def record(device: str, rows: Sequence[Row], accuracy: Sequence[Error]) -> list[
         for kind, part in (("rows", rows), ("accuracy", accuracy)):
             mine = [row for row in part if row.operation == stem]
             if mine:
-                paths.append(folder / (f"{stem}.json" if kind == "rows" else f"{stem}.accuracy.json"))
-                write_json(paths[-1], document(device, **{kind: mine}))
+                name = ["accuracy"] if kind == "accuracy" else ["system-heap"] if system_heap else []
+                paths.append(folder / ".".join([stem, *name, "json"]))
+                write_json(paths[-1], document(device, **{kind: mine}, system_heap=system_heap))
     return paths
 
 
@@ -263,8 +270,10 @@ def _device_page(folder: str, files: dict[str, dict[str, Any]]) -> str:
         env = content["environment"]
         if content["rows"]:
             rows = [Row.from_json(r) for r in content["rows"]]
-            every += rows
-            parts.append(f"### {rows[0].operation}: throughput\n\n{markdown(*columns(rows))}")
+            system = content.get("heap") == SYSTEM_HEAP
+            every += [] if system else rows
+            title = "throughput with the system's heap, page faults included" if system else "throughput"
+            parts.append(f"### {rows[0].operation}: {title}\n\n{markdown(*columns(rows))}")
         if content["accuracy"]:
             errors = [Error(**r) for r in content["accuracy"]]
             title = f"### {errors[0].operation}: {measure(errors[0].operation)}"

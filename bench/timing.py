@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,9 +57,8 @@ def _repeat(contestant: Contestant, times: int) -> float:
         return (time.perf_counter() - start) / times
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let glibc reuse freed memory as caching allocators do.
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed memory as caching allocators do, from here to the end of the process.
 
     By default it returns large blocks to the system, and whether a call then pays for thousands of page faults changes
     from one call to the next, for everybody.
@@ -73,7 +71,6 @@ def _keep_freed_memory() -> None:
 
 
 def _cpu_rounds(contestants: dict[str, Contestant], budget: float) -> dict[str, Timing]:
-    _keep_freed_memory()
     batch = {}
     for name, contestant in contestants.items():
         _repeat(contestant, 2)
