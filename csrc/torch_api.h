@@ -279,14 +279,16 @@ inline RowShape check_loss(const char* op, const Tensor& logits, const Tensor& t
   return {rows, classes};
 }
 
+// `kept`: how many numbers of each row the forward returned.
 inline void check_loss_gradient(const char* op, const Tensor& logits, int64_t rows, const Tensor& dloss,
-                                const MaybeTensor& dlse, const Tensor& stats, const Tensor& total, int64_t reduction) {
+                                const MaybeTensor& dlse, const Tensor& stats, const Tensor& total, int64_t reduction,
+                                int64_t kept = 3) {
   const auto accumulate = accumulate_dtype(logits.scalar_type());
   STD_TORCH_CHECK(dloss.scalar_type() == accumulate && dloss.numel() == (reduction == 0 ? rows : 1), op,
                   ": the gradient must have the shape and dtype of the loss");
   STD_TORCH_CHECK(!dlse || (dlse->scalar_type() == accumulate && dlse->numel() == rows), op,
                   ": the gradient of lse must have its shape and dtype");
-  STD_TORCH_CHECK(stats.numel() == 3 * rows && stats.is_contiguous() && stats.scalar_type() == accumulate &&
+  STD_TORCH_CHECK(stats.numel() == kept * rows && stats.is_contiguous() && stats.scalar_type() == accumulate &&
                       total.scalar_type() == accumulate && total.numel() == 1,
                   op, ": the statistics must be those that the forward returned");
 }
@@ -296,6 +298,21 @@ inline Tensor probabilities_of(const Tensor& target, const Tensor& logits) {
   if (holds_labels(target)) return logits;
   const auto type = target.scalar_type(), accumulate = accumulate_dtype(logits.scalar_type());
   return type == logits.scalar_type() || type == accumulate ? target : torch::stable::to(target, accumulate);
+}
+
+// Two models, and labels or none. The teacher takes the place of class probabilities.
+inline RowShape check_distillation(const char* op, const Tensor& student, const Tensor& teacher,
+                                   const MaybeTensor& target, const MaybeTensor& other, const MaybeTensor& lam,
+                                   const MaybeTensor& weight, double temperature) {
+  STD_TORCH_CHECK(!target || holds_labels(*target), op, ": expected labels of int64, int32 or uint8");
+  // Without labels the student stands in for probabilities.
+  const auto shape = check_loss(op, student, target ? *target : student, other, lam, weight);
+  check_floating(op, "teacher", teacher.scalar_type());
+  STD_TORCH_CHECK(teacher.sizes().equals(student.sizes()) && teacher.is_cuda() == student.is_cuda() &&
+                      teacher.get_device_index() == student.get_device_index(),
+                  op, ": expected a teacher of the student's shape, on its device");
+  STD_TORCH_CHECK(temperature > 0, op, ": expected a positive temperature, got ", temperature);
+  return shape;
 }
 
 // Strides of the leading dimensions of a plain tensor of one element per row.
