@@ -1,116 +1,20 @@
 // cross_entropy_fwd, cross_entropy_bwd and cross_entropy_bwd_ on CUDA devices: arguments, and what is launched.
 #include "cross_entropy_backward.cuh"
+#include "cross_entropy_call.cuh"
 #include "cross_entropy_forward.cuh"
 
 namespace fusedtricks::cuda {
 
 namespace {
 
-// A warp has a row to itself up to so many slots: four rounds of what it has in flight.
-constexpr int64_t kSlotsOfWarp = 4 * kSlotsAtOnce * kWarp;
-// Blocks that a device is given at least, per multiprocessor, before rows are left whole; and a block's least share.
-constexpr int64_t kBlocksEach = 4, kLeastShare = 2 * kSlotsAtOnce;
-
-Tensor labels_of(const Tensor& t, LabelColumn& column) {
-  Tensor owner = torch::stable::contiguous(t);
-  column = {owner.const_data_ptr(), owner.scalar_type()};
-  return owner;
-}
-
-template <class A>
-Tensor values_of(const Tensor& t, const A*& data) {
-  Tensor owner = torch::stable::contiguous(t);
-  data = static_cast<const A*>(owner.const_data_ptr());
-  return owner;
-}
-
-// Where the rows of the logits, a result and class probabilities lie; none where that takes more than two levels.
-struct Layout {
-  Tensor x, y, t;
-  RowMap<4> rows;
-};
-
-std::optional<Layout> lay_out(const Tensor& x, const Tensor& y, const Tensor& t) {
-  const auto dense = row_major(x, 1);
-  const auto rows = map_rows(collapse_rows<4>(
-      x.dim() - 1, x.sizes().data(), {y.strides().data(), x.strides().data(), dense.data(), t.strides().data()}));
-  if (!rows) return std::nullopt;
-  return Layout{x, y, t, *rows};
-}
-
-// The tensors themselves, or dense copies; a `y` that is not the caller's has to be copied back.
-Layout addressable(const Tensor& x, const Tensor& y, const Tensor& t) {
-  if (const auto found = lay_out(x, y, t)) return *found;
-  const Tensor dense = torch::stable::contiguous(x);
-  return *lay_out(dense, fusedtricks::empty_like(dense), torch::stable::contiguous(t));
-}
-
-// The arguments that forward and backward share, and the grid.
-template <class T, class Arguments>
-struct Call : Arguments {
-  using A = Acc<T>;
-  Tensor holds[4];
-  int threads;
-  int64_t blocks;
-  bool soft, plain;
-
-  Call(const Device& device, const Layout& l, const Tensor& target, const MaybeTensor& other, const MaybeTensor& lambda,
-       const MaybeTensor& w, const LossOptions<A>& options, bool ranking, bool joining)
-      : Arguments{} {
-    const int64_t lead = l.x.dim() - 1;
-    this->x = static_cast<const T*>(l.x.const_data_ptr());
-    this->rows = l.rows;
-    this->C = l.x.size(lead);
-    this->R = l.x.numel() / this->C;
-    this->x_step = this->C == 1 ? 1 : l.x.stride(lead);
-    this->y_step = this->C == 1 ? 1 : l.y.stride(lead);
-    this->t_step = this->C == 1 ? 1 : l.t.stride(lead);
-    this->o = options;
-    soft = !holds_labels(target);
-    if (soft) {
-      this->t = l.t.const_data_ptr();
-      this->wide = l.t.scalar_type() == scalar_type<A>;
-    } else {
-      holds[0] = labels_of(target, this->a);
-    }
-    if (other) {
-      holds[1] = labels_of(*other, this->b);
-      holds[2] = values_of(*lambda, this->lam);
-      this->one_lam = lambda->dim() == 0;
-    }
-    if (w) holds[3] = values_of(*w, this->weight);
-    plain = !soft && !w && !ranking && options.softcap == A(0) && options.scale == A(1) && sizeof(T) < 8;
-
-    const int most = std::min(device.threads_per_block(), kLossThreads);
-    const int64_t slots = this->C / kLanes<T>;
-    this->lanes = 1;
-    if (this->x_step == 1) {
-      while (this->lanes < std::min<int64_t>(slots, kWarp)) this->lanes *= 2;
-      if (slots > kSlotsOfWarp) this->lanes = most;
-    }
-    threads = this->lanes > kWarp ? this->lanes : std::min(most, 128);
-    blocks = ceil_div(this->R, threads / this->lanes);
-    // The backward has nothing to join, and so no reason for long parts.
-    const int64_t share = kLeastShare * this->lanes, wanted = ceil_div(kBlocksEach * device.processors(), blocks);
-    this->parts = std::max<int64_t>(std::min(ceil_div(slots, share), joining ? wanted : slots), 1);
-    this->length = ceil_div(slots, this->parts);
-    if (this->length > 0) this->parts = ceil_div(slots, this->length);
-    blocks *= this->parts;
-  }
-};
-
-template <class A>
-LossOptions<A> options(int64_t ignore_index, double on, double off, double z_loss, double softcap, double scale) {
-  return {ignore_index,           static_cast<A>(on),      static_cast<A>(off),
-          static_cast<A>(z_loss), static_cast<A>(softcap), static_cast<A>(scale)};
-}
+MaybeTensor labels_in(const Tensor& target) { return holds_labels(target) ? MaybeTensor(target) : std::nullopt; }
 
 // f.operator()<Plain, Soft>()
-template <class T, class C, class F>
-void with_kind(const C& call, const F& f) {
-  if (call.soft) return f.template operator()<false, true>();
+template <class T, class F>
+void with_kind(const LossArguments<T>& a, bool ranking, const F& f) {
+  if (!a.a.data) return f.template operator()<false, true>();
   if constexpr (sizeof(T) < 8) {
-    if (call.plain) return f.template operator()<true, false>();
+    if (!a.weight && !ranking && a.o.softcap == 0 && a.o.scale == 1) return f.template operator()<true, false>();
   }
   f.template operator()<false, false>();
 }
@@ -126,8 +30,8 @@ void backward(const char* op, const Tensor& dloss, const MaybeTensor& dlse, cons
   const auto layout = addressable(logits, out, probabilities_of(target, logits));
   dispatch(op, logits.scalar_type(), [&]<class T>() {
     using A = Acc<T>;
-    Call<T, LossBackward<T>> call(device, layout, target, other, lam, weight,
-                                  options<A>(ignore_index, on, off, z_loss, softcap, scale), false, false);
+    Call<T, LossBackward<T>> call(device, layout, labels_in(target), other, lam, weight,
+                                  options<A>(ignore_index, on, off, z_loss, softcap, scale), false);
     call.y = static_cast<T*>(layout.y.mutable_data_ptr());
     const Tensor gradient = values_of(dloss, call.dloss);
     MaybeTensor of_lse;
@@ -136,7 +40,7 @@ void backward(const char* op, const Tensor& dloss, const MaybeTensor& dlse, cons
     call.total = static_cast<const A*>(total.const_data_ptr());
     call.one_dloss = reduction != 0;
     call.mean = reduction == 1;
-    with_kind<T>(call, [&]<bool Plain, bool Soft>() {
+    with_kind<T>(call, false, [&]<bool Plain, bool Soft>() {
       device.launch(row_gradients<T, kLanes<T>, Plain, Soft>, call.blocks, call.threads, 0,
                     static_cast<const LossBackward<T>&>(call));
     });
@@ -191,8 +95,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tenso
   const auto layout = addressable(logits, logits, probabilities_of(target, logits));
   dispatch(op, logits.scalar_type(), [&]<class T>() {
     using A = Acc<T>;
-    Call<T, LossForward<T>> call(device, layout, target, other, lam, weight,
-                                 options<A>(ignore_index, on, off, z_loss, softcap, scale), need_rank, true);
+    Call<T, LossForward<T>> call(device, layout, labels_in(target), other, lam, weight,
+                                 options<A>(ignore_index, on, off, z_loss, softcap, scale), true);
     auto into = [](const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
     call.losses = into(losses);
     call.stats = into(stats);
@@ -214,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tenso
     const Tensor counters = empty({needed}, ScalarType::Int, logits);
     call.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
     device.zero(call.counters, needed * sizeof(unsigned));
-    with_kind<T>(call, [&]<bool Plain, bool Soft>() {
+    with_kind<T>(call, need_rank, [&]<bool Plain, bool Soft>() {
       device.launch(row_losses<T, kLanes<T>, Plain, Soft>, call.blocks, call.threads, 0,
                     static_cast<const LossForward<T>&>(call));
     });

@@ -39,7 +39,7 @@ template <class T>
 struct LossArguments {
   using A = Acc<T>;
   const T* x;
-  const void* t;  // class probabilities, of T or of A where `wide`
+  const void* t;  // class probabilities, or the logits of another model; of T or of A where `wide`
   bool wide;
   LabelColumn a, b;
   const A* lam;  // null: 1
@@ -106,6 +106,19 @@ __device__ __forceinline__ void store_values(const P (&from)[N], P* to, int64_t 
   for (int i = 0; i < N; ++i) to[i * step] = from[i];
 }
 
+// The part of the rows that a block has, and the row of a thread.
+struct Part {
+  int64_t tile, part, r;
+  bool live;
+
+  template <class T>
+  __device__ __forceinline__ explicit Part(const LossArguments<T>& a)
+      : tile(blockIdx.x / a.parts),
+        part(blockIdx.x % a.parts),
+        r(tile * (blockDim.x / a.lanes) + threadIdx.x / a.lanes),
+        live(r < a.R) {}
+};
+
 template <class T, bool Plain, bool Soft>
 struct Row {
   using A = Acc<T>;
@@ -128,9 +141,30 @@ struct Row {
   __device__ __forceinline__ int64_t extra(int64_t e) const { return e < head ? e : e + slots * L; }
   __device__ __forceinline__ int64_t extras() const { return a.C - slots * L; }
 
+  // f.operator()<K, N>(class_of): runs of N classes of the part `here` for a thread to take at once, of which the k-th,
+  // k < K, begins at class_of(k), or is none where that is negative. AtOnce slots, and single classes outside of slots,
+  // which go with the first part.
+  template <int AtOnce, class F>
+  __device__ __forceinline__ void each_run(const Part& here, int lane, const F& f) const {
+    const int64_t first = here.part * a.length, last = first + a.length < slots ? first + a.length : slots;
+    for (int64_t s = first + lane; s < last; s += AtOnce * a.lanes) {
+      f.template operator()<AtOnce, L>(
+          [&](int k) { return s + k * a.lanes < last ? slot(s + k * a.lanes) : int64_t{-1}; });
+    }
+    for (int64_t e = lane; here.part == 0 && e < extras(); e += a.lanes) {
+      f.template operator()<1, 1>([&](int) { return extra(e); });
+    }
+  }
+
   template <int N>
   __device__ __forceinline__ void logits(int64_t c, T (&to)[N]) const {
     load_values<N>(x + c * a.x_step, a.x_step, to);
+  }
+
+  // Class probabilities, or the logits of another model.
+  template <int N, class P>
+  __device__ __forceinline__ void beside(int64_t c, P (&to)[N]) const {
+    load_values<N>(static_cast<const P*>(a.t) + t + c * a.t_step, a.t_step, to);
   }
 
   __device__ __forceinline__ A scaled(A v) const {
@@ -149,28 +183,60 @@ struct Row {
       for (int i = 0; i < N; ++i) to[i] = __ldg(a.weight + c + i);
     }
     if constexpr (Soft) {
-      auto read = [&](const auto* p) {
-        alignas(kVectorBytes) std::remove_cvref_t<decltype(*p)> value[N];
-        load_values<N>(p + t + c * a.t_step, a.t_step, value);
+      auto read = [&]<class P>() {
+        alignas(kVectorBytes) P value[N];
+        beside(c, value);
 #pragma unroll
         for (int i = 0; i < N; ++i) to[i] = soft_coefficient<A>(widen(value[i]), to[i], a.o);
       };
-      a.wide ? read(static_cast<const A*>(a.t)) : read(static_cast<const T*>(a.t));
+      a.wide ? read.template operator()<A>() : read.template operator()<T>();
     }
   }
 };
 
-// The part of the rows that a block has, and the row of a thread.
-struct Part {
-  int64_t tile, part, r;
-  bool live;
+// ---- results --------------------------------------------------------------------------------------------------------
 
-  template <class T>
-  __device__ __forceinline__ explicit Part(const LossArguments<T>& a)
-      : tile(blockIdx.x / a.parts),
-        part(blockIdx.x % a.parts),
-        r(tile * (blockDim.x / a.lanes) + threadIdx.x / a.lanes),
-        live(r < a.R) {}
-};
+// What a label among the classes c to c + N takes away.
+template <int N, class A>
+__device__ __forceinline__ void subtract_at(int64_t label, A much, int64_t c, A (&value)[N]) {
+  if (static_cast<uint64_t>(label - c) >= N) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (label == c + i) value[i] -= much;
+  }
+}
+
+// A run of a gradient: a slot, or a single class.
+template <class T, int N, class A>
+__device__ __forceinline__ void store_gradient(const A (&value)[N], T* to, int64_t step) {
+  if constexpr (N == 1) {
+    *to = narrow<T>(value[0]);
+  } else {
+    Vector<T> out;
+    narrow(value, out);
+    store_values(out.at, to, step);
+  }
+}
+
+// `sum` of all threads of a launch of `tiles` blocks, of which this is `tile`: finish(all) runs in one thread. `sums`
+// is (tiles, N), and every counter was zero.
+template <class A, int N, class Finish>
+__device__ __forceinline__ void sum_blocks(Sums<A, N> sum, A* sums, unsigned* counters, int64_t tiles, int64_t tile,
+                                           const Finish& finish) {
+  Group block(blockDim.x);
+  alignas(kVectorBytes) const Sums<A, N> mine = block.sum(sum);
+  if (threadIdx.x == 0) store<N, Cache::kKeep>(mine.at, sums + N * tile);
+  join_blocks(counters, static_cast<int>(tiles), static_cast<int>(tile),
+              [&](int64_t place, int64_t step, int members, bool root) {
+                if (threadIdx.x != 0) return;
+                alignas(kVectorBytes) Sums<A, N> all{};
+                for (int m = 0; m < members; ++m) {
+                  alignas(kVectorBytes) Sums<A, N> one;
+                  load<N, Cache::kShared>(sums + N * (place + m * step), one.at);
+                  all = all + one;
+                }
+                root ? finish(all) : store<N, Cache::kKeep>(all.at, sums + N * place);
+              });
+}
 
 }  // namespace fusedtricks::cuda

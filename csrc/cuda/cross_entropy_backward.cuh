@@ -43,47 +43,28 @@ __global__ void __launch_bounds__(kLossThreads, 1) row_gradients(const LossBackw
     for (int i = 0; i < N; ++i) {
       value[i] = k * Exp<A>()(row.scaled(widen(x[i])) - top) - off * q[i];
     }
-    auto subtract = [&](int64_t label, A much) {
-      if (static_cast<uint64_t>(label - c) >= N) return;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (label == c + i) value[i] -= much;
-      }
-    };
-    if constexpr (!Soft) subtract(target.a, at_a), subtract(target.b, at_b);
+    if constexpr (!Soft) subtract_at(target.a, at_a, c, value), subtract_at(target.b, at_b, c, value);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if constexpr (!Plain) value[i] *= scaled_slope<A>(widen(x[i]), a.o.softcap, a.o.scale, Tanh<A>());
       if (slope.zero) value[i] = A(0);  // whatever the row holds
     }
   };
-  const int lane = threadIdx.x % a.lanes;
-  const int64_t first = here.part * a.length, last = first + a.length < row.slots ? first + a.length : row.slots;
-  for (int64_t s = first + lane; s < last; s += kSlotsAtOnce * a.lanes) {
-    Vector<T> x[kSlotsAtOnce];
+  row.template each_run<kSlotsAtOnce>(here, threadIdx.x % a.lanes, [&]<int K, int N>(const auto& class_of) {
+    alignas(kVectorBytes) T x[K][N];
 #pragma unroll
-    for (int j = 0; j < kSlotsAtOnce; ++j) {
-      if (s + j * a.lanes < last) row.logits(row.slot(s + j * a.lanes), x[j].at);
+    for (int k = 0; k < K; ++k) {
+      if (class_of(k) >= 0) row.logits(class_of(k), x[k]);
     }
 #pragma unroll
-    for (int j = 0; j < kSlotsAtOnce; ++j) {
-      if (s + j * a.lanes >= last) continue;
-      const int64_t c = row.slot(s + j * a.lanes);
-      A value[kLanes<T>];
-      differentiate(c, x[j].at, value);
-      Vector<T> out;
-      narrow(value, out);
-      store_values(out.at, y + c * a.y_step, a.y_step);
+    for (int k = 0; k < K; ++k) {
+      const int64_t c = class_of(k);
+      if (c < 0) continue;
+      A value[N];
+      differentiate(c, x[k], value);
+      store_gradient(value, y + c * a.y_step, a.y_step);
     }
-  }
-  for (int64_t e = lane; here.part == 0 && e < row.extras(); e += a.lanes) {
-    const int64_t c = row.extra(e);
-    T x[1];
-    A value[1];
-    row.logits(c, x);
-    differentiate(c, x, value);
-    y[c * a.y_step] = narrow<T>(value[0]);
-  }
+  });
 }
 
 }  // namespace fusedtricks::cuda

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kLossThreads, 1) row_losses(const LossForward<
     whole_row();
   }
 
-  alignas(kVectorBytes) Sums<A, 2> sum{};  // of the losses and masses of the rows
+  Sums<A, 2> sum{};  // of the losses and masses of the rows
   if (live && group.rank == 0) {
     const auto& s = seen.sums;
     const A total = s.top > -kInfinity<A> ? s.total : kNaN<A>;
@@ -179,23 +179,10 @@ __global__ void __launch_bounds__(kLossThreads, 1) row_losses(const LossForward<
       a.rank[h * a.R + index] = counted ? seen.before.at[h] : static_cast<int32_t>(a.C);
     }
   }
-  Group block(blockDim.x);
-  sum = block.sum(sum);
-  if (threadIdx.x == 0) store<2, Cache::kKeep>(sum.at, a.sums + 2 * here.tile);
-  unsigned* counters = a.counters + (a.parts > 1 ? a.tiles : 0);
-  join_blocks(counters, static_cast<int>(a.tiles), static_cast<int>(here.tile),
-              [&](int64_t place, int64_t step, int members, bool root) {
-                if (threadIdx.x != 0) return;
-                alignas(kVectorBytes) Sums<A, 2> all{};
-                for (int m = 0; m < members; ++m) {
-                  alignas(kVectorBytes) Sums<A, 2> one;
-                  load<2, Cache::kShared>(a.sums + 2 * (place + m * step), one.at);
-                  all = all + one;
-                }
-                if (!root) return store<2, Cache::kKeep>(all.at, a.sums + 2 * place);
-                *a.total = all.at[1];
-                if (a.reduction != 0) *a.loss = a.reduction == 1 ? all.at[0] / all.at[1] : all.at[0];
-              });
+  sum_blocks(sum, a.sums, a.counters + (a.parts > 1 ? a.tiles : 0), a.tiles, here.tile, [&](const Sums<A, 2>& all) {
+    *a.total = all.at[1];
+    if (a.reduction != 0) *a.loss = a.reduction == 1 ? all.at[0] / all.at[1] : all.at[0];
+  });
 }
 
 }  // namespace fusedtricks::cuda
