@@ -23,7 +23,7 @@ LANES = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2, "u8": 16}
 # Kernels that store no more than a few numbers for each row or channel.
 STATISTICS = (
     *("measure_strips", "project_strips", "square_gradients", "measure_channels", "sum_channels"),
-    *("row_losses", "project_sum_strips"),
+    *("row_losses", "row_divergences", "project_sum_strips"),
 )
 
 

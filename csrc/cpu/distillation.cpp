@@ -20,18 +20,6 @@ void run(const Layout& l, const DistillationPass<T>& pass) {
   go.template operator()<A>();
 }
 
-RowShape check(const char* op, const Tensor& student, const Tensor& teacher, const MaybeTensor& target,
-               const MaybeTensor& other, const MaybeTensor& lam, const MaybeTensor& weight, double temperature) {
-  const auto shape = check_loss(op, student, target ? *target : student, other, lam, weight);
-  STD_TORCH_CHECK(!target || holds_labels(*target), op, ": expected labels of int64, int32 or uint8");
-  check_floating(op, "teacher", teacher.scalar_type());
-  bool same = teacher.dim() == student.dim();
-  for (int64_t d = 0; same && d < student.dim(); ++d) same = teacher.size(d) == student.size(d);
-  STD_TORCH_CHECK(same, op, ": expected a teacher of the student's shape");
-  STD_TORCH_CHECK(temperature > 0, op, ": expected a positive temperature, got ", temperature);
-  return shape;
-}
-
 template <class A>
 std::optional<Targets<A>> targets_of(const MaybeTensor& target, const MaybeTensor& other, const MaybeTensor& lam,
                                      const MaybeTensor& weight, int64_t classes, int64_t ignore_index, double on,
@@ -51,12 +39,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_fwd(const Tensor& studen
                                                             double temperature, double alpha, int64_t reduction,
                                                             bool need_dstudent) {
   const char* op = "distillation_fwd";
-  const auto shape = check(op, student, teacher, target, other, lam, weight, temperature);
+  const auto shape = check_distillation(op, student, teacher, target, other, lam, weight, temperature);
   const int64_t R = shape.rows, C = shape.columns;
   const auto accumulate = accumulate_dtype(student.scalar_type());
   const Sizes lead(student.sizes().data(), student.dim() - 1);
   const auto dstudent = need_dstudent ? result_like(student) : empty({0}, student.scalar_type(), student);
-  const auto losses = empty(lead, accumulate, student), stats = empty({kStats, R}, accumulate, student);
+  const auto losses = empty(lead, accumulate, student), stats = empty({kDistillationStats, R}, accumulate, student);
   const auto total = empty(Sizes(), accumulate, student);
   const auto loss = reduction == 0 ? losses : empty(Sizes(), accumulate, student);
   // The teacher takes the place of class probabilities.
@@ -102,14 +90,9 @@ Tensor distillation_bwd(const Tensor& dloss, const Tensor& student, const Tensor
                         const Tensor& stats, const Tensor& total, int64_t ignore_index, double on, double off,
                         double temperature, double alpha, int64_t reduction) {
   const char* op = "distillation_bwd";
-  const auto shape = check(op, student, teacher, target, other, lam, weight, temperature);
+  const auto shape = check_distillation(op, student, teacher, target, other, lam, weight, temperature);
   const int64_t R = shape.rows, C = shape.columns;
-  const auto accumulate = accumulate_dtype(student.scalar_type());
-  STD_TORCH_CHECK(dloss.scalar_type() == accumulate && dloss.numel() == (reduction == 0 ? R : 1), op,
-                  ": the gradient must have the shape and dtype of the loss");
-  STD_TORCH_CHECK(stats.numel() == kStats * R && stats.is_contiguous() && stats.scalar_type() == accumulate &&
-                      total.scalar_type() == accumulate && total.numel() == 1,
-                  op, ": the statistics must be those that the forward returned");
+  check_loss_gradient(op, student, R, dloss, std::nullopt, stats, total, reduction, kDistillationStats);
   auto dstudent = result_like(student);
   if (R == 0) return dstudent;
   const auto layout = lay_out(student, dstudent, probabilities_of(teacher, student), true);

@@ -25,21 +25,6 @@ struct DistillationPass {
   bool one_dloss;
 };
 
-// What the exponentials of a row are multiplied by in its gradient: exp(u), exp(v), exp(student), and the weights.
-template <class A>
-struct Slopes {
-  A student, teacher, hard, off;
-};
-
-// Without `both` exp(u) serves for exp(student).
-template <class A>
-Slopes<A> slopes_of(SoftSlope<A> soft, RowSlope<A> hard, A unit, A off, bool both) {
-  const A k = hard.softmax * unit;
-  return {both ? soft.student : soft.student + k, soft.teacher, both ? k : A(0), hard.g * off};
-}
-
-enum Stat { kTop, kSum, kQ, kTeacherTop, kTeacherSum, kStudentSum, kDivergence, kStats };
-
 template <class A>
 inline void set_or_dead(RowTarget<A>& target, const Targets<A>* t, int64_t r) {
   if (t) {
@@ -82,7 +67,7 @@ void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
       if (left > 1) at.next();
       const T* next_x = x0 + at.offset[1];
       const P* next_t = t0 + at.offset[3];
-      auto stat = [&](Stat s) -> A& { return pass.stats[s * R + r]; };
+      auto stat = [&](DistillationStat s) -> A& { return pass.stats[s * R + r]; };
       RowTarget<A> target;
       set_or_dead(target, pass.t, r);
       if (pass.forward) {

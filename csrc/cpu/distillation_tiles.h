@@ -104,7 +104,7 @@ void distill_tiles(const Layout& l, const DistillationPass<T>& pass, bool both) 
         pass.losses[row[p]] = row_loss(target[p], tile.top.at[p], log_sum, za[p], zb[p], tile.rest.at[p]);
         const A stats[] = {tile.top.at[p],         tile.sum.at[p],         target[p].q, tile.teacher_top.at[p],
                            tile.teacher_sum.at[p], tile.student_sum.at[p], kl};
-        for (int s = 0; s < kStats; ++s) pass.stats[s * R + row[p]] = stats[s];
+        for (int s = 0; s < kDistillationStats; ++s) pass.stats[s * R + row[p]] = stats[s];
       }
       if (!pass.dx) continue;
       PerPosition<A> k[4];

@@ -52,3 +52,18 @@ NATIVE_BUGS = {
         "math/distillation.h", "cross / teacher_sum + log_student_over_teacher", "cross / teacher_sum", "distillation"
     ),
 }
+
+CUDA_BUGS = {
+    "steps of the gradient forgotten": NativeBug(
+        "cuda/distillation.cuh",
+        "store_gradient(value, y + c * a.y_step, a.y_step);",
+        "store_gradient(value, y + c, 1);",
+        "distillation",
+    ),
+    "labels at the temperature of the teacher": NativeBug(
+        "cuda/distillation.cuh",
+        "value[i] += slope.hard * exp(widen(of.x[k][i]) - top);",
+        "value[i] += slope.hard * exp((widen(of.x[k][i]) - top) * a.over);",
+        "distillation",
+    ),
+}
