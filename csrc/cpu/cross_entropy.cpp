@@ -135,32 +135,20 @@ void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& 
 template <bool Strided, class T, class P, bool Plain, bool Probabilities, class A = Acc<T>>
 void run_tiles(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& targets, const Pass<T>& pass) {
   constexpr int kP = kPositions<A>;
-  const T* x0 = static_cast<const T*>(l.x.const_data_ptr());
-  const P* t0 = Probabilities ? static_cast<const P*>(l.t.const_data_ptr()) : nullptr;
   const int64_t R = l.rows.count, C = l.classes;
-  // Tiles of neighbours stay inside the innermost level.
-  const int64_t inner = Strided ? l.rows.size[l.rows.levels - 1] : R, tiles_inner = (inner + kP - 1) / kP;
-  parallel(R / inner * tiles_inner, C * kP, [&](int64_t begin, int64_t end) {
+  const int planes = 1 + (Plain ? 0 : 1) + (Probabilities ? 1 : 0);
+  each_tile<Strided, T, P>(l, pass.dx, planes, C, [&](A* z) {
     const size_t area = static_cast<size_t>(C) * kP;
-    const std::unique_ptr<A[]> memory(new A[area * (1 + (Plain ? 0 : 1) + (Probabilities ? 1 : 0))]());
-    A* z = memory.get();
-    Tile<T, P, Plain> tile{loss, z, Plain ? nullptr : z + area, Probabilities ? z + area * (Plain ? 1 : 2) : nullptr};
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / tiles_inner * inner + i % tiles_inner * kP;
-      const int count = static_cast<int>(std::min<int64_t>(kP, inner - i % tiles_inner * kP));
-      typename Rows<4>::Walk at(l.rows, first);
-      TileMemory<const T> x{x0 + (Strided ? at.offset[1] : 0), l.x_step, {}};
-      TileMemory<const P> t{t0 + (Strided ? at.offset[3] : 0), l.t_step, {}};
-      TileMemory<T> dx{pass.dx + (Strided ? at.offset[0] : 0), l.out_step, {}};
-      int64_t row[kP];
-      for (int p = 0; p < count; ++p) {
-        dx.offset[p] = at.offset[0], x.offset[p] = at.offset[1], row[p] = at.offset[2], t.offset[p] = at.offset[3];
-        if (p + 1 < count) at.next();
-      }
+    return [&, z,
+            tile = Tile<T, P, Plain>{loss, z, Plain ? nullptr : z + area,
+                                     Probabilities ? z + area * (Plain ? 1 : 2) : nullptr}](
+               const Positions<T, P>& at) mutable {
+      const int count = at.count;
+      const auto& row = at.row;
       RowTarget<A> target[kP];
       for (int p = 0; p < count; ++p) targets.set(target[p], row[p]);
-      read_tile<Strided>(x, C, count, z);
-      if constexpr (Probabilities) read_tile<Strided>(t, C, count, tile.t);
+      read_tile<Strided>(at.x, C, count, z);
+      if constexpr (Probabilities) read_tile<Strided>(at.t, C, count, tile.t);
       if (pass.rank) {
         for (int p = 0; p < count; ++p) {
           for (int64_t h = 0; h < (targets.b ? 2 : 1); ++h) {
@@ -206,9 +194,9 @@ void run_tiles(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>&
                                tile.top.at[p] + tile.logsum.at[p]);
         }
         tile.template differentiate<Probabilities>(target, slope, count);
-        write_tile<Strided>(z, C, count, dx);
+        write_tile<Strided>(z, C, count, at.out);
       }
-    }
+    };
   });
 }
 

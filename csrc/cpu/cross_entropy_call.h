@@ -28,15 +28,6 @@ struct Labels {
   }
 };
 
-// The leading dimensions of out, logits, a dense tensor and the probabilities, and how the classes lie in them.
-struct Layout {
-  Tensor x, out, t;
-  Rows<4> rows;
-  int64_t classes, x_step, out_step, t_step;
-  bool strided;  // positions are adjacent, classes are not
-  bool copies;   // `out` stands in for a tensor of another layout
-};
-
 inline bool adjacent(const Layout& l) {
   return l.rows.levels > 0 && l.rows.stride[0][l.rows.levels - 1] == 1 && l.rows.stride[1][l.rows.levels - 1] == 1 &&
          l.rows.stride[3][l.rows.levels - 1] == 1;

@@ -5,6 +5,8 @@
 // kPositions a class. Memory is read and written once, as for rows.
 #pragma once
 
+#include <memory>
+
 #include "cross_entropy_rows.h"
 
 namespace fusedtricks::FT_ISA {
@@ -22,6 +24,15 @@ struct TileMemory {
   T* base;
   int64_t step;
   int64_t offset[kPositions<Acc<T>>];
+};
+
+// The leading dimensions of out, logits, a dense tensor and the probabilities, and how the classes lie in them.
+struct Layout {
+  Tensor x, out, t;
+  Rows<4> rows;
+  int64_t classes, x_step, out_step, t_step;
+  bool strided;  // positions are adjacent, classes are not
+  bool copies;   // `out` stands in for a tensor of another layout
 };
 
 // f(p, lanes) over registers of `count` positions.
@@ -205,5 +216,47 @@ struct Tile {
     }
   }
 };
+
+// A tile: how many positions, their rows of a dense tensor, and where their logits, result and probabilities are.
+template <class T, class P>
+struct Positions {
+  static constexpr int kP = kPositions<Acc<T>>;
+  int count;
+  int64_t row[kP];
+  TileMemory<const T> x;
+  TileMemory<const P> t;
+  TileMemory<T> out;
+};
+
+// All tiles, each a position of `cost` elements at a time. worker(scratch) gives what is called with every tile of a
+// thread; `scratch` is zero, `planes` of (classes, kPositions).
+template <bool Strided, class T, class P, class Worker, class A = Acc<T>>
+void each_tile(const Layout& l, T* out, int planes, int64_t cost, const Worker& worker) {
+  constexpr int kP = kPositions<A>;
+  const T* x = static_cast<const T*>(l.x.const_data_ptr());
+  const P* t = static_cast<const P*>(l.t.const_data_ptr());
+  // Tiles of neighbours stay inside the innermost level.
+  const int64_t inner = Strided ? l.rows.size[l.rows.levels - 1] : l.rows.count;
+  const int64_t tiles_inner = (inner + kP - 1) / kP;
+  parallel(l.rows.count / inner * tiles_inner, cost * kP, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<A[]> scratch(new A[static_cast<size_t>(l.classes) * kP * planes]());
+    auto take = worker(scratch.get());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / tiles_inner * inner + i % tiles_inner * kP;
+      typename Rows<4>::Walk at(l.rows, first);
+      Positions<T, P> tile{static_cast<int>(std::min<int64_t>(kP, inner - i % tiles_inner * kP)),
+                           {},
+                           {x + (Strided ? at.offset[1] : 0), l.x_step, {}},
+                           {t + (Strided ? at.offset[3] : 0), l.t_step, {}},
+                           {out + (Strided ? at.offset[0] : 0), l.out_step, {}}};
+      for (int p = 0; p < tile.count; ++p) {
+        tile.out.offset[p] = at.offset[0], tile.x.offset[p] = at.offset[1];
+        tile.row[p] = at.offset[2], tile.t.offset[p] = at.offset[3];
+        if (p + 1 < tile.count) at.next();
+      }
+      take(tile);
+    }
+  });
+}
 
 }  // namespace fusedtricks::FT_ISA

@@ -61,33 +61,19 @@ struct Tiles {
 template <bool Strided, class T, class P, class A = Acc<T>>
 void distill_tiles(const Layout& l, const DistillationPass<T>& pass, bool both) {
   constexpr int kP = kPositions<A>;
-  const T* x0 = static_cast<const T*>(l.x.const_data_ptr());
-  const P* t0 = static_cast<const P*>(l.t.const_data_ptr());
   const int64_t R = l.rows.count, C = l.classes;
   const A* weight = pass.t ? pass.t->weight : nullptr;
   const Loss<T, T, true> loss{{}, {}, C, nullptr};
-  // Tiles of neighbours stay inside the innermost level.
-  const int64_t inner = Strided ? l.rows.size[l.rows.levels - 1] : R, tiles_inner = (inner + kP - 1) / kP;
-  parallel(R / inner * tiles_inner, 2 * C * kP, [&](int64_t begin, int64_t end) {
+  each_tile<Strided, T, P>(l, pass.dx, both ? 3 : 2, 2 * C, [&](A* scratch) {
     const size_t area = static_cast<size_t>(C) * kP;
-    const std::unique_ptr<A[]> memory(new A[area * (both ? 3 : 2)]());
-    Tiles<T> tile{C, memory.get(), memory.get() + area, both ? memory.get() + 2 * area : nullptr};
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / tiles_inner * inner + i % tiles_inner * kP;
-      const int count = static_cast<int>(std::min<int64_t>(kP, inner - i % tiles_inner * kP));
-      typename Rows<4>::Walk at(l.rows, first);
-      TileMemory<const T> x{x0 + (Strided ? at.offset[1] : 0), l.x_step, {}};
-      TileMemory<const P> t{t0 + (Strided ? at.offset[3] : 0), l.t_step, {}};
-      TileMemory<T> dx{pass.dx + (Strided ? at.offset[0] : 0), l.out_step, {}};
-      int64_t row[kP];
+    return [&, tile = Tiles<T>{C, scratch, scratch + area, both ? scratch + 2 * area : nullptr}](
+               const Positions<T, P>& at) mutable {
+      const int count = at.count;
+      const auto& row = at.row;
       RowTarget<A> target[kP];
-      for (int p = 0; p < count; ++p) {
-        dx.offset[p] = at.offset[0], x.offset[p] = at.offset[1], row[p] = at.offset[2], t.offset[p] = at.offset[3];
-        set_or_dead(target[p], pass.t, row[p]);
-        if (p + 1 < count) at.next();
-      }
-      read_tile<Strided>(x, C, count, tile.u);
-      read_tile<Strided>(t, C, count, tile.v);
+      for (int p = 0; p < count; ++p) set_or_dead(target[p], pass.t, row[p]);
+      read_tile<Strided>(at.x, C, count, tile.u);
+      read_tile<Strided>(at.t, C, count, tile.v);
       Tile<T, T, true> student{loss, tile.u, nullptr, nullptr}, teacher{loss, tile.v, nullptr, nullptr};
       student.find_top(), teacher.find_top();
       tile.top = student.top, tile.teacher_top = teacher.top;
@@ -106,7 +92,7 @@ void distill_tiles(const Layout& l, const DistillationPass<T>& pass, bool both) 
                            tile.teacher_sum.at[p], tile.student_sum.at[p], kl};
         for (int s = 0; s < kDistillationStats; ++s) pass.stats[s * R + row[p]] = stats[s];
       }
-      if (!pass.dx) continue;
+      if (!pass.dx) return;
       PerPosition<A> k[4];
       RowSlope<A> hard[kP];
       for (int p = 0; p < count; ++p) {
@@ -122,8 +108,8 @@ void distill_tiles(const Layout& l, const DistillationPass<T>& pass, bool both) 
         tile.u[target[p].a * kP + p] -= hard[p].g * target[p].at_a;
         tile.u[target[p].b * kP + p] -= hard[p].g * target[p].at_b;
       }
-      write_tile<Strided>(tile.u, C, count, dx);
-    }
+      write_tile<Strided>(tile.u, C, count, at.out);
+    };
   });
 }
 
