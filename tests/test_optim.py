@@ -230,6 +230,31 @@ def test_everything_that_can_change_between_steps(name: str, native: bool, monke
 
 
 @each_name
+def test_groups_step_as_they_would_alone(name: str) -> None:
+    """Also where neighbours share some of the numbers that their scalars are prepared from, and not others."""
+    varied = {
+        "betas": [(0.9, 0.99), (0.9, 0.99), (0.99, 0.9), (0.9, 0.9), (0.8, 0.9)],
+        "momentum_decay": [4e-3, 4e-3, 8e-3, 4e-3, 4e-3],
+        "alpha": [0.9, 0.99, 0.99, 0.9, 0.9],
+        "lr": [0.1, 0.2, 0.2, 0.3, 0.4],
+    }
+    keys = [k for k in varied if k in make(name, [torch.zeros(1)]).defaults]
+    options = [{k: varied[k][g] for k in keys} for g in range(5)]
+    together, apart = ([torch.nn.Parameter(torch.arange(4.0) + g) for g in range(5)] for _ in range(2))
+    one = make(name, [{"params": [p], **more} for p, more in zip(together, options, strict=True)])
+    many = [make(name, [p], **more) for p, more in zip(apart, options, strict=True)]
+    for _ in range(3):
+        for p, q in zip(together, apart, strict=True):
+            p.grad = torch.randn(4)
+            q.grad = p.grad.clone()
+        for o in (one, *many):
+            o.step()
+    for p, q in zip(together, apart, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(one.state[p][k], v) for o in many for k, v in o.state.get(q, {}).items())
+
+
+@each_name
 def test_a_stable_step_builds_no_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if _optimizer._plan is None:
         pytest.skip("no compiled step plan in this build")

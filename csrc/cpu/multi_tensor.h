@@ -271,6 +271,23 @@ inline double item(const MaybeTensor& t, double otherwise) {
                                                 : *static_cast<const float*>(t->const_data_ptr());
 }
 
+// The powers that a rule asks for in `slot`, the last of each kept: a power takes as long as all else that is prepared,
+// and groups that differ in their learning rates share it.
+class Powers {
+ public:
+  double operator()(int slot, double base, double exponent) {
+    Last& last = last_[slot];
+    if (base != last.base || exponent != last.exponent) last = {base, exponent, std::pow(base, exponent)};
+    return last.power;
+  }
+
+ private:
+  struct Last {
+    double base = 0, exponent = 1, power = 0;
+  };
+  Last last_[3];
+};
+
 // The scalars of a rule, prepared again only where the numbers of a row's group or its history differ from the row's
 // before: powers cost more than a small tensor.
 template <class Rule, class A>
@@ -281,7 +298,7 @@ class Prepared {
     const bool first = (row[kFlags] & kFirstMomentum) && *progress == 0;
     if (!same(h) || t != t_ || factor != before_ || first != first_) {
       h_ = h, t_ = t, before_ = after_ = factor, first_ = first;
-      scalars_ = Rule::template prepare<A>(h, t, first, after_);
+      scalars_ = Rule::template prepare<A>(h, t, first, after_, powers_);
     }
     return scalars_;
   }
@@ -293,6 +310,7 @@ class Prepared {
   const double* h_ = nullptr;
   double t_ = 0, before_ = 0, after_ = 0;
   bool first_ = false;
+  Powers powers_;
   typename Rule::template Scalars<A> scalars_;
 };
 

@@ -360,6 +360,10 @@ struct History {
   }
 };
 
+struct Power {
+  __device__ __forceinline__ double operator()(int, double base, double exponent) const { return pow(base, exponent); }
+};
+
 // A row's part of a tile, ready to be updated.
 template <class Rule, class P, class S>
 struct Piece {
@@ -384,7 +388,7 @@ struct Piece {
     auto* const progress = reinterpret_cast<Progress*>(a.progress + part.row);
     double product;
     const History history(row, flags, progress, part.tiles, product);
-    scalars = Rule::template prepare<A>(h, history.t, flags & kFirstMomentum && history.counted == 0, product);
+    scalars = Rule::template prepare<A>(h, history.t, flags & kFirstMomentum && history.counted == 0, product, Power{});
     history.advance(row, flags, progress, product);
 
     const auto at = [&]<class T>(int column, T*& to) {

@@ -14,8 +14,8 @@ struct Adagrad {
     A lr, eps, l2;
   };
 
-  template <class A>
-  static FT_HD Scalars<A> prepare(const double* h, double t, bool, double&) {
+  template <class A, class Power>
+  static FT_HD Scalars<A> prepare(const double* h, double t, bool, double&, Power&&) {
     return {A(h[kLr] / (1 + (t - 1) * h[kLrDecay])), A(h[kEps]), A(h[kWeightDecay])};
   }
 

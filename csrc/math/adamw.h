@@ -19,15 +19,16 @@ struct AdamW {
   };
 
   // For step t; every scalar is rounded once. `factor` is not used.
-  template <class A>
-  static FT_HD Scalars<A> prepare(const double* h, double t, bool, double&) {
+  // power(slot, base, exponent): the slots number the powers of a rule, for who keeps them from group to group.
+  template <class A, class Power>
+  static FT_HD Scalars<A> prepare(const double* h, double t, bool, double&, Power&& power) {
     const bool decoupled = h[kDecoupled] != 0;
-    const double root = sqrt(1 - pow(h[kBeta2], t));
+    const double root = sqrt(1 - power(0, h[kBeta2], t));
     return {A(1 - h[kBeta1]),
             A(h[kBeta1]),
             A(1 - h[kBeta2]),
             A(h[kBeta2]),
-            A(h[kLr] / (1 - pow(h[kBeta1], t)) * root),
+            A(h[kLr] / (1 - power(1, h[kBeta1], t)) * root),
             A(h[kEps] * root),
             A(decoupled ? 0 : h[kWeightDecay]),
             A(decoupled ? h[kLr] * h[kWeightDecay] : 0),

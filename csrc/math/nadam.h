@@ -17,12 +17,13 @@ struct NAdam {
   };
 
   // For step t; `factor` is the product of the momenta so far, and becomes that with this step's.
-  template <class A>
-  static FT_HD Scalars<A> prepare(const double* h, double t, bool, double& factor) {
+  // power(slot, base, exponent): the slots number the powers of a rule, for who keeps them from group to group.
+  template <class A, class Power>
+  static FT_HD Scalars<A> prepare(const double* h, double t, bool, double& factor, Power&& power) {
     const bool decoupled = h[kDecoupled] != 0;
-    const double lr = h[kLr], root = sqrt(1 - pow(h[kBeta2], t));
-    const double mu = h[kBeta1] * (1 - 0.5 * pow(0.96, t * h[kMomentumDecay]));
-    const double next = h[kBeta1] * (1 - 0.5 * pow(0.96, (t + 1) * h[kMomentumDecay]));
+    const double lr = h[kLr], root = sqrt(1 - power(0, h[kBeta2], t));
+    const double mu = h[kBeta1] * (1 - 0.5 * power(1, 0.96, t * h[kMomentumDecay]));
+    const double next = h[kBeta1] * (1 - 0.5 * power(2, 0.96, (t + 1) * h[kMomentumDecay]));
     factor *= mu;
     return {A(1 - h[kBeta1]),
             A(h[kBeta1]),

@@ -15,8 +15,8 @@ struct RMSprop {
     bool has_momentum, centered;
   };
 
-  template <class A>
-  static FT_HD Scalars<A> prepare(const double* h, double, bool, double&) {
+  template <class A, class Power>
+  static FT_HD Scalars<A> prepare(const double* h, double, bool, double&, Power&&) {
     return {A(h[kLr]),  A(1 - h[kAlpha]),   A(h[kAlpha]),     A(h[kMomentum]),
             A(h[kEps]), A(h[kWeightDecay]), h[kMomentum] > 0, h[kCentered] != 0};
   }

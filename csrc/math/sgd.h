@@ -17,8 +17,8 @@ struct SGD {
   };
 
   // `first`: the momentum buffer is new.
-  template <class A>
-  static FT_HD Scalars<A> prepare(const double* h, double, bool first, double&) {
+  template <class A, class Power>
+  static FT_HD Scalars<A> prepare(const double* h, double, bool first, double&, Power&&) {
     const bool decoupled = h[kDecoupled] != 0;
     return {A(h[kLr]),
             A(h[kMomentum]),
