@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "large_pages.h"
 #include "torch_api.h"
 
 namespace fusedtricks {
@@ -67,6 +68,11 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("runs_here", &Entry::runs_here);
   m.def("kernels", &list_kernels, "Every compiled kernel, worst instruction set first.");
   m.def("register", &register_kernel, py::arg("index"), py::arg("namespace"));
+  m.def(
+      "advise_large_pages",
+      [](uintptr_t address, int64_t bytes) { advise_large_pages(reinterpret_cast<const void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"),
+      "Large pages are welcome for memory that is yet to be written: see csrc/large_pages.h.");
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_archs") = FT_CUDA_ARCHS;
 }
