@@ -6,6 +6,8 @@ import copy
 import itertools
 import math
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.optim import optimizer
 
 import fusedtricks
-from fusedtricks import optim
+from fusedtricks import _op, optim
 from fusedtricks.ops import _optimizer, _table
 
 NAMES = ("Adagrad", "Adam", "AdamW", "NAdam", "RMSprop", "SGD")
@@ -252,6 +254,24 @@ def test_groups_step_as_they_would_alone(name: str) -> None:
     for p, q in zip(together, apart, strict=True):
         assert torch.equal(p, q)
         assert all(torch.equal(one.state[p][k], v) for o in many for k, v in o.state.get(q, {}).items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell which pages are large")
+def test_large_states_ask_for_large_pages() -> None:
+    if _op._C is None:
+        pytest.skip("no compiled kernels in this build")
+    p = torch.nn.Parameter(torch.zeros(9_000_000))  # 36 MB
+    p.grad = torch.ones(1).expand_as(p)
+    o = optim.RMSprop([p])
+    o.step()
+    middle = o.state[p]["square_avg"].data_ptr() + 18_000_000
+    begin, end, flags = 0, 0, {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(part, 16) for part in found.groups())
+        elif line.startswith("VmFlags:"):
+            flags[begin, end] = line.split()[1:]
+    assert ["hg" in kinds for (first, last), kinds in flags.items() if first <= middle < last] == [True]
 
 
 @each_name

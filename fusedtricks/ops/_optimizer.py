@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
+from fusedtricks import _op
 from fusedtricks.ops import _table
 from fusedtricks.ops._shard import Shard, dense, local, same_layout
 from fusedtricks.ops._table import Row, Rule
@@ -591,7 +592,12 @@ def _taken(place: tuple[Shard, int] | Row | None) -> int:
 
 
 def _like(p: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    """Zeros, laid out as the parameter is; on a CPU on large pages, as every step passes over them."""
+    like = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    part = local(like)
+    if _op._C is not None and part.device.type == "cpu":
+        _op._C.advise_large_pages(part.data_ptr(), part.untyped_storage().nbytes())
+    return like.zero_()
 
 
 def _follow(grad: Tensor, param: Tensor) -> Tensor:
