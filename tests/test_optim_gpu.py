@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_optim import NAMES, make
+from optim_cases import NAMES, make
 
 import fusedtricks
 

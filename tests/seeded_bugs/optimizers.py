@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedtricks.ops import _optimizer, _shard, _table
+from fusedtricks.ops import _optimizer, _shard, _states, _table
 from fusedtricks.ops._optimizer import FusedOptimizer
 from fusedtricks.ops._table import LR, Rule
 from fusedtricks.ops.adagrad import ADAGRAD_RULE
@@ -132,7 +132,7 @@ def half_to_even(right: Any) -> Any:
 
 
 FOLLOWS_TORCH = "test_optim_torch::test_50_steps_in_float64"
-EXACT = "test_optim::test_update_against_float64"
+EXACT = "test_optim_precision::test_update_against_float64"
 OPTIMIZER_BUGS = {
     "bias correction of the next step": OptimizerBug(
         ADAMW_RULE, "prepare", in_prepare(lambda h, t, *rest: (h, t + 1, *rest)), FOLLOWS_TORCH, ("AdamW", "for-loop")
@@ -190,27 +190,31 @@ OPTIMIZER_BUGS = {
     ),
     "strides of the gradient ignored": OptimizerBug(
         _optimizer,
-        "_follow",
+        "follow",
         lambda _: lambda grad, param: grad,
         "test_optim::test_layouts",
         ("AdamW", "plain", "transposed"),
     ),
     "gaps of a parameter overwritten": OptimizerBug(
         _optimizer,
-        "_kind",
+        "kind_of",
         lambda _: lambda row: _table.KINDS[row.param.dtype, row.param.dtype],
         "test_optim::test_layouts",
         ("SGD", "every second", "every second"),
     ),
     "moments of another memory format": OptimizerBug(
-        _optimizer,
+        _states,
         "same_layout",
         lambda _: lambda a, b: True,
         "test_optim::test_checkpoint_of_another_memory_format",
         ("AdamW",),
     ),
     "states loaded in the parameter's dtype": OptimizerBug(
-        FusedOptimizer, "load_state_dict", moments_in_float32, "test_optim::test_resuming_is_exact", ("AdamW", {})
+        FusedOptimizer,
+        "load_state_dict",
+        moments_in_float32,
+        "test_optim_precision::test_resuming_is_exact",
+        ("AdamW", {}),
     ),
     "versions not bumped": OptimizerBug(
         FusedOptimizer,
@@ -227,43 +231,43 @@ OPTIMIZER_BUGS = {
         ("AdamW", False),
     ),
     "found_inf is a count": OptimizerBug(
-        _shard.Shard, "run", found_only_if_one, "test_optim::test_found_inf_skips_everything", ("AdamW", 2.0)
+        _shard.Shard, "run", found_only_if_one, "test_optim_precision::test_found_inf_skips_everything", ("AdamW", 2.0)
     ),
     "a skipped first step forgotten": OptimizerBug(
         _optimizer,
         "_taken",
         lambda _: lambda place: 1,
-        "test_optim::test_a_skipped_first_step_leaves_no_momentum",
+        "test_optim_precision::test_a_skipped_first_step_leaves_no_momentum",
         ("no gradient", "plain", True),
     ),
     "count in float32": OptimizerBug(
-        _table, "update_row", row(counted_in_float32), "test_optim::test_steps_beyond_float32"
+        _table, "update_row", row(counted_in_float32), "test_optim_precision::test_steps_beyond_float32"
     ),
     "average starts from zero": OptimizerBug(
-        _table, "update_row", row(average_from_zero), "test_optim::test_ema", ("SGD",)
+        _table, "update_row", row(average_from_zero), "test_optim_precision::test_ema", ("SGD",)
     ),
     "remainder of another rounding": OptimizerBug(
-        _table, "split", half_to_even, "test_optim::test_remainder_equals_fp32_masters", ("SGD",)
+        _table, "split", half_to_even, "test_optim_precision::test_remainder_equals_fp32_masters", ("SGD",)
     ),
     "the same random bits every step": OptimizerBug(
         _table,
         "round_stochastically",
         lambda right: lambda weight, seed, stream: right(weight, 1, stream),
-        "test_optim::test_stochastic_rounding_is_unbiased_and_repeats",
+        "test_optim_precision::test_stochastic_rounding_is_unbiased_and_repeats",
         (20_000,),
     ),
     "small gradients scaled up to the norm": OptimizerBug(
         _table,
         "clip_coefficient",
         lambda _: lambda norm, most: 1.0 if most is None else most / (norm + 1e-6),
-        "test_optim::test_max_grad_norm",
+        "test_optim_precision::test_max_grad_norm",
         ("SGD",),
     ),
     "unscaled gradients not written back": OptimizerBug(
         _table,
         "update_row",
         lambda right: lambda *args: right(*args[:-1], False),
-        "test_optim::test_grad_scaler",
+        "test_optim_precision::test_grad_scaler",
         ("SGD", False),
     ),
 }
