@@ -221,7 +221,7 @@ def test_store_out_of_bounds_is_caught() -> None:
 
 
 def test_counters_not_zeroed_is_caught() -> None:
-    old = "if (parameters || row_counters) device.zero(a.counters, counters.numel() * sizeof(unsigned));"
+    old = "if (parameters || project) device.zero(a.counters, counters.numel() * sizeof(unsigned));"
     library = cuda_on_host.Library(with_bug("cuda/row_norm_backward.cuh", old, ""))
     assert run_everything(library.ops, "rms_norm")[-1].isnan().all()
 

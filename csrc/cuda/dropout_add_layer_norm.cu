@@ -237,19 +237,9 @@ __global__ void __launch_bounds__(kSplitThreads<T, Width>, 1) split_gradients(co
     if (!a.center) mean.at[0] = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      A dy[kLanes<T>], product[kLanes<T>], value[kLanes<T>];
+      A value[kLanes<T>];
       weight(k, value);
-#pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) {
-        const A xhat = row.normalized(k, i);
-        dy[i] = row.grad(k, i);
-        product[i] = dy[i] * xhat;
-        value[i] = norm_backward(dy[i] * value[i], xhat, row.n.rstd, mean.at[0], mean.at[1]) + widen(dz.v[k].at[i]);
-      }
-      if (a.sums) {
-        sums.add(0, k, product);
-        sums.add(1, k, dy);
-      }
+      row.gradient(a, k, mean, sums, value, [&](int i, A gradient) { return gradient + widen(dz.v[k].at[i]); });
       Vector<T> out;
       narrow(value, out);
       if (a.dx) written.template store<T, Cache::kStream>(out.at, k, a.dx + first);
@@ -300,7 +290,7 @@ Dropping<Acc<T>> dropping(const MaybeTensor& seed, int64_t keep) {
           dropout_scale<Acc<T>>(keep)};
 }
 
-template <class T, int Width, class A = Acc<T>>
+template <class T, int Width>
 void launch_forward(const Device& device, SumForward<T> a, const Tensor& x) {
   if constexpr (Width < kLanes<T>) launch_elements(device, a.x, a.residual, a.z, a.R * a.C, a.drop);
   const int threads = std::min(device.threads_per_block(), kSumThreads);
@@ -310,15 +300,7 @@ void launch_forward(const Device& device, SumForward<T> a, const Tensor& x) {
     const int block = block_for(a.lanes, std::min(threads, 128));
     return device.launch(normalize_sums<T, Width>, ceil_div(a.R, block / a.lanes), block, 0, a);
   }
-  a.lanes = std::min(threads, kStripThreads);
-  a.strips = ceil_div(a.C, int64_t{a.lanes} * kForwardVectors * kLanes<T>);
-  const Tensor moments = empty({a.R, a.strips, 4}, scalar_type<A>, x);
-  const Tensor counters = empty({a.R}, ScalarType::Int, x);
-  a.moments = static_cast<A*>(moments.mutable_data_ptr());
-  a.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
-  device.zero(a.counters, a.R * sizeof(unsigned));
-  device.launch(add_strips<T, Width>, a.R * a.strips, a.lanes, 0, a);
-  device.launch(normalize_sum_strips<T, Width>, a.R * a.strips, a.lanes, 0, a);
+  launch_strips<T>(device, add_strips<T, Width>, normalize_sum_strips<T, Width>, threads, a, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> dropout_add_layer_norm_fwd(const Tensor& x, const Tensor& residual,
@@ -362,26 +344,12 @@ void launch_backward(const Device& device, SumBackward<T> a, const Tensor& z) {
   constexpr int N = kBackwardVectors;
   const int threads = std::min(device.threads_per_block(), kSplitThreads<T, Width>);
   const int64_t lanes = lanes_for<T>(a.C, N);
-  const bool whole = lanes <= threads, parameters = a.dweight || a.dbias, through = a.dx || a.dropped;
+  const bool whole = lanes <= threads, through = a.dx || a.dropped;
   a.lanes = static_cast<int>(whole ? lanes : std::min(threads, kStripThreads));
   a.strips = whole ? 1 : ceil_div(a.C, int64_t{a.lanes} * N * kLanes<T>);
   const int block = block_for(a.lanes, std::min(threads, 256));
-  // As many blocks as are resident when each thread has 128 registers.
-  const int64_t resident = device.processors() * std::max(512 / block, 1);
-  a.row_blocks = static_cast<int>(std::min(ceil_div(a.R, block / a.lanes), std::max<int64_t>(resident / a.strips, 1)));
-  a.counters_per_strip = fan_counters(a.row_blocks);
-  const int64_t row_counters = whole || !through ? 0 : a.R;
-  Tensor projections, sums;
-  const Tensor counters = empty({row_counters + a.strips * a.counters_per_strip}, ScalarType::Int, z);
-  a.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
-  if (parameters || row_counters) device.zero(a.counters, counters.numel() * sizeof(unsigned));
-  if (parameters) {
-    sums = empty({a.row_blocks, 2, a.C}, scalar_type<A>, z);
-    a.sums = static_cast<A*>(sums.mutable_data_ptr());
-  }
-  if (row_counters) {
-    projections = empty({a.R * (a.strips + 1), 2}, scalar_type<A>, z);
-    a.projections = static_cast<A*>(projections.mutable_data_ptr());
+  const Scratch<2, T> scratch(device, a, block, !whole && through, z);
+  if (a.projections) {
     device.launch(project_sum_strips<T, Width>, a.R * a.strips, a.lanes, 0, a);
     a.counters += a.R;
   }

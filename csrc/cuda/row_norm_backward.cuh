@@ -68,6 +68,25 @@ struct RowPair {
     }
     return sum;
   }
+
+  // Vector k of the gradient of x, into `value`, which holds the weights, each element `finish`ed; its terms go to the
+  // sums over rows, if they are wanted.
+  template <class SumsHere, class Finish>
+  __device__ __forceinline__ void gradient(const Backward<T>& a, int k, const Sums<A, 2>& mean, SumsHere& sums,
+                                           A (&value)[kLanes<T>], const Finish& finish) const {
+    A g[kLanes<T>], product[kLanes<T>];
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) {
+      const A xhat = normalized(k, i);
+      g[i] = grad(k, i);
+      product[i] = g[i] * xhat;
+      value[i] = finish(i, norm_backward(g[i] * value[i], xhat, n.rstd, mean.at[0], mean.at[1]));
+    }
+    if (a.sums) {
+      sums.add(0, k, product);
+      if constexpr (Center) sums.add(1, k, g);
+    }
+  }
 };
 
 // Sums over rows of dy x^ and, with Center, dy: those of the columns of one thread.
@@ -233,19 +252,9 @@ __global__ void __launch_bounds__(kSumsInShared ? kBackwardThreadsInShared : kBa
     const Columns<Width> written{a.dx && r < a.R ? strip.count : 0, a.lanes, group.rank};
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      A dy[kLanes<T>], product[kLanes<T>], value[kLanes<T>];
+      A value[kLanes<T>];
       weight(k, value);
-#pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) {
-        const A xhat = row.normalized(k, i);
-        dy[i] = row.grad(k, i);
-        product[i] = dy[i] * xhat;
-        value[i] = norm_backward(dy[i] * value[i], xhat, row.n.rstd, mean.at[0], mean.at[1]);
-      }
-      if (a.sums) {
-        sums.add(0, k, product);
-        if constexpr (Center) sums.add(1, k, dy);
-      }
+      row.gradient(a, k, mean, sums, value, [](int, A gradient) { return gradient; });
       Vector<T> out;
       narrow(value, out);
       written.template store<T, Cache::kStream>(out.at, k, dx);
@@ -291,10 +300,38 @@ __global__ void __launch_bounds__(kStripThreads, 1) project_strips(const Backwar
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
+// Scratch memory of a call whose lanes and strips are known: it and the blocks that share a strip are entered in `a`.
+//
+// The counters are set to zero by a memset of their own. Counters that lived longer could meet a second stream, or the
+// replay of a graph that recorded them.
+template <int Parts, class T, class A = Acc<T>>
+struct Scratch {
+  Tensor counters, sums, projections;
+
+  Scratch(const Device& device, Backward<T>& a, int block, bool project, const Tensor& like) {
+    // As many blocks as are resident when each thread has 128 registers.
+    const int64_t resident = device.processors() * std::max(512 / block, 1);
+    const int64_t most = std::max<int64_t>(resident / a.strips, 1);
+    a.row_blocks = static_cast<int>(std::min(ceil_div(a.R, block / a.lanes), most));
+    a.counters_per_strip = fan_counters(a.row_blocks);
+    const bool parameters = a.dweight || a.dbias;
+    counters = empty({(project ? a.R : 0) + a.strips * a.counters_per_strip}, ScalarType::Int, like);
+    a.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
+    if (parameters || project) device.zero(a.counters, counters.numel() * sizeof(unsigned));
+    if (parameters) {
+      sums = empty({a.row_blocks, Parts, a.C}, scalar_type<A>, like);
+      a.sums = static_cast<A*>(sums.mutable_data_ptr());
+    }
+    if (project) {
+      projections = empty({a.R * (a.strips + 1), 2}, scalar_type<A>, like);
+      a.projections = static_cast<A*>(projections.mutable_data_ptr());
+    }
+  }
+};
+
 template <bool Center, class T, int Width, class A = Acc<T>>
 void launch_backward(const Device& device, Backward<T> a, const Tensor& x) {
   constexpr int kParts = Center ? 2 : 1, kVectors = kBackwardVectors, kVectorsInShared = kBackwardVectorsInShared;
-  const bool parameters = a.dweight || a.dbias;
   const int threads = std::min(device.threads_per_block(), kBackwardThreads<T, Width>);
   const int64_t lanes = lanes_for<T>(a.C, kVectors), lanes_in_shared = lanes_for<T>(a.C, kVectorsInShared);
   const int64_t sums_in_shared = lanes_in_shared * kVectorsInShared * kLanes<T> * kParts * int64_t{sizeof(A)};
@@ -307,25 +344,8 @@ void launch_backward(const Device& device, Backward<T> a, const Tensor& x) {
   a.lanes = static_cast<int>(in_registers ? lanes : in_shared ? lanes_in_shared : std::min(threads, kStripThreads));
   a.strips = whole ? 1 : ceil_div(a.C, int64_t{a.lanes} * kVectors * kLanes<T>);
   const int block = in_shared ? a.lanes : block_for(a.lanes, std::min(threads, 256));
-  // As many blocks as are resident when each thread has 128 registers.
-  const int64_t resident = device.processors() * std::max(512 / block, 1);
-  a.row_blocks = static_cast<int>(std::min(ceil_div(a.R, block / a.lanes), std::max<int64_t>(resident / a.strips, 1)));
-  a.counters_per_strip = fan_counters(a.row_blocks);
-
-  // The counters are scratch memory of this call, set to zero by a memset of their own. Counters that lived longer
-  // could meet a second stream, or the replay of a graph that recorded them.
-  Tensor projections, sums;
-  const int64_t row_counters = whole || !a.dx ? 0 : a.R;
-  const Tensor counters = empty({row_counters + a.strips * a.counters_per_strip}, ScalarType::Int, x);
-  a.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
-  if (parameters || row_counters) device.zero(a.counters, counters.numel() * sizeof(unsigned));
-  if (parameters) {
-    sums = empty({a.row_blocks, kParts, a.C}, scalar_type<A>, x);
-    a.sums = static_cast<A*>(sums.mutable_data_ptr());
-  }
-  if (row_counters) {
-    projections = empty({a.R * (a.strips + 1), 2}, scalar_type<A>, x);
-    a.projections = static_cast<A*>(projections.mutable_data_ptr());
+  const Scratch<kParts, T> scratch(device, a, block, !whole && a.dx, x);
+  if (a.projections) {
     device.launch(project_strips<Center, T, Width>, a.R * a.strips, a.lanes, 0, a);
     a.counters += a.R;
   }

@@ -180,6 +180,22 @@ __global__ void __launch_bounds__(kStripThreads, 1) normalize_strips(const Forwa
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
+// The two launches of wide rows; `a` is a Forward<T> and what else the kernels take.
+template <class T, class Arguments>
+void launch_strips(const Device& device, void (*measure)(Arguments), void (*normalize)(Arguments), int threads,
+                   Arguments a, const Tensor& x) {
+  using A = Acc<T>;
+  a.lanes = std::min(threads, kStripThreads);
+  a.strips = ceil_div(a.C, int64_t{a.lanes} * kForwardVectors * kLanes<T>);
+  const Tensor moments = empty({a.R, a.strips, 4}, scalar_type<A>, x);
+  const Tensor counters = empty({a.R}, ScalarType::Int, x);
+  a.moments = static_cast<A*>(moments.mutable_data_ptr());
+  a.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
+  device.zero(a.counters, a.R * sizeof(unsigned));
+  device.launch(measure, a.R * a.strips, a.lanes, 0, a);
+  device.launch(normalize, a.R * a.strips, a.lanes, 0, a);
+}
+
 template <bool Center, class T, int Width, class A = Acc<T>>
 void launch_forward(const Device& device, Forward<T> a, const Tensor& x) {
   const int threads = std::min(device.threads_per_block(), kForwardThreads<T, Width>);
@@ -195,15 +211,7 @@ void launch_forward(const Device& device, Forward<T> a, const Tensor& x) {
     a.lanes = threads;
     return device.launch(normalize_rows<Center, T, Width, 0>, a.R, threads, bytes, a);
   }
-  a.lanes = std::min(threads, kStripThreads);
-  a.strips = ceil_div(a.C, int64_t{a.lanes} * kForwardVectors * kLanes<T>);
-  const Tensor moments = empty({a.R, a.strips, 4}, scalar_type<A>, x);
-  const Tensor counters = empty({a.R}, ScalarType::Int, x);
-  a.moments = static_cast<A*>(moments.mutable_data_ptr());
-  a.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
-  device.zero(a.counters, a.R * sizeof(unsigned));
-  device.launch(measure_strips<Center, T, Width>, a.R * a.strips, a.lanes, 0, a);
-  device.launch(normalize_strips<Center, T, Width>, a.R * a.strips, a.lanes, 0, a);
+  launch_strips<T>(device, measure_strips<Center, T, Width>, normalize_strips<Center, T, Width>, threads, a, x);
 }
 
 template <bool Center>
