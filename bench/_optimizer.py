@@ -36,7 +36,9 @@ class Stepped:
         params = [torch.nn.Parameter(t.detach().clone()) for t in tensors[:half]]
         for p, g in zip(params, tensors[half:], strict=True):
             p.grad = g.detach().clone()
-        self.optimizer = make([{"params": [p]} for p in params] if mode == MANY_GROUPS else params)
+        # Groups that differ, as those of a schedule by layers do: equal ones share their scalars.
+        groups = [{"params": [p], "lr": 1e-3 * (1 + i / half)} for i, p in enumerate(params)]
+        self.optimizer = make(groups if mode == MANY_GROUPS else params)
         self.results = [p.detach() for p in params]
 
     def __call__(self) -> list[Tensor]:
