@@ -33,8 +33,8 @@ KERNELS = ("measure_channels", "normalize_channels", "sum_channels", "backward_c
 
 
 @pytest.fixture(scope="module")
-def library() -> Iterator[cuda_on_host.Library]:
-    return cuda_on_host.library()
+def kernels() -> Iterator[cuda_on_host.Kernels]:
+    return cuda_on_host.load()
 
 
 def data(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -60,11 +60,11 @@ def reference(shape: tuple[int, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("device", [{}, SMALL, {"processors": 9, "threads": 32}], ids=str)
-def test_order_of_threads(library: cuda_on_host.Library, shape: tuple[int, ...], device: dict[str, int]) -> None:
+def test_order_of_threads(kernels: cuda_on_host.Kernels, shape: tuple[int, ...], device: dict[str, int]) -> None:
     found = []
     for order in (0, 1, 2):
-        with library.device(**device, order=order):
-            found.append(everything(library.ops, shape))
+        with kernels.device(**device, order=order):
+            found.append(everything(kernels.ops, shape))
     for results in found[1:]:
         for i, (a, b) in enumerate(zip(found[0], results, strict=True)):
             assert_bitwise_equal(a, b, name=f"result {i}")
@@ -72,18 +72,18 @@ def test_order_of_threads(library: cuda_on_host.Library, shape: tuple[int, ...],
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_regimes(library: cuda_on_host.Library) -> None:
+def test_regimes(kernels: cuda_on_host.Kernels) -> None:
     """These tests reach every kernel, in both layouts, with whole vectors and without."""
     for shape, dtype in itertools.product(SHAPES.values(), (torch.float32, torch.bfloat16)):
-        everything(library.ops, shape, dtype)
+        everything(kernels.ops, shape, dtype)
         x, residual, dy, weight, bias = data(shape, dtype)
-        stats = library.ops["batch_norm_apply"](
+        stats = kernels.ops["batch_norm_apply"](
             x, residual, weight, bias, weight, None, bias.abs(), 1e-5, bn.GELU, 0.0, False
         )[1]
-        library.ops["batch_norm_bwd"](
+        kernels.ops["batch_norm_bwd"](
             dy, x, residual, weight, bias, stats, None, None, False, bn.GELU, 0.0, *(True,) * 4
         )
-    launched = "\n".join(library.launched())
+    launched = "\n".join(kernels.launched())
     for kernel, planes in itertools.product(KERNELS, ("true", "false")):
         last = [", true", ", false"] if kernel == "backward_channels" else [""]
         for dtype, end in itertools.product(("float, 4", "__nv_bfloat16, 8"), last):
@@ -95,26 +95,26 @@ def test_regimes(library: cuda_on_host.Library) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5, 6, 8), (66, 3)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_wanted_gradients(library: cuda_on_host.Library, shape: tuple[int, ...], training: bool) -> None:
+def test_wanted_gradients(kernels: cuda_on_host.Kernels, shape: tuple[int, ...], training: bool) -> None:
     """What is not wanted is empty; what is, does not depend on the rest."""
     x, _, dy, weight, bias = data(shape)
     stats = bn.statistics(x, 1e-5)
     args = (dy, x, None, weight, bias, stats, None, None, training, bn.SILU, 0.0)
-    every = library.ops["batch_norm_bwd"](*args, *(True,) * 4)
+    every = kernels.ops["batch_norm_bwd"](*args, *(True,) * 4)
     for need in itertools.product((True, False), repeat=4):
-        for whole, part, want in zip(every, library.ops["batch_norm_bwd"](*args, *need), need, strict=True):
+        for whole, part, want in zip(every, kernels.ops["batch_norm_bwd"](*args, *need), need, strict=True):
             assert_bitwise_equal(part, whole if want else whole.new_empty(0))
 
 
 @pytest.mark.parametrize("shape", [(769, 6), (6, 5, 9, 14)], ids=str)
 @pytest.mark.parametrize("mean", [0.0, 1e5])
-def test_error_does_not_grow_with_the_mean(library: cuda_on_host.Library, shape: tuple[int, ...], mean: float) -> None:
+def test_error_does_not_grow_with_the_mean(kernels: cuda_on_host.Kernels, shape: tuple[int, ...], mean: float) -> None:
     x = data(shape)[0] + mean
     x[:, 1] *= 1e20
     x[:2, 3] -= 1e3  # a shift taken from these is a bad one
     truth = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
-    with library.device(**SMALL):
-        y = library.ops["batch_norm_fwd"](x, *(None,) * 6, 0.1, 1e-5, 0, 0.0, True, False)[0]
+    with kernels.device(**SMALL):
+        y = kernels.ops["batch_norm_fwd"](x, *(None,) * 6, 0.1, 1e-5, 0, 0.0, True, False)[0]
     error = (y - truth).transpose(0, 1).flatten(1).abs().amax(1)
     assert (error <= 2e-6 * truth.transpose(0, 1).flatten(1).abs().amax(1)).all(), error
 
@@ -122,9 +122,9 @@ def test_error_does_not_grow_with_the_mean(library: cuda_on_host.Library, shape:
 # ---- sown bugs -------------------------------------------------------------------------------------------------------
 
 
-def with_bug(path: str, old: str, new: str) -> cuda_on_host.Library:
-    path_of_library: Path = build.build({f"cuda/{path}": (old, new)}, stems=("batch_norm",))
-    return cuda_on_host.Library(path_of_library)
+def with_bug(path: str, old: str, new: str) -> cuda_on_host.Kernels:
+    built: Path = build.build({f"cuda/{path}": (old, new)}, stems=("batch_norm",))
+    return cuda_on_host.Kernels(built)
 
 
 BUGS = {
@@ -148,9 +148,9 @@ def test_bug_is_caught(bug: tuple[str, str, str]) -> None:
 def test_missing_barrier_is_caught() -> None:
     """Between the writing and the reading of sums over the rows of a block."""
     old = "        __syncthreads();\n        if (threadIdx.x < half) {"
-    library = with_bug("batch_norm.cuh", old, old.replace("__syncthreads();", ""))
+    kernels = with_bug("batch_norm.cuh", old, old.replace("__syncthreads();", ""))
     found = []
     for order in (0, 1):
-        with library.device(order=order):
-            found.append(everything(library.ops, SHAPES["rows"]))
+        with kernels.device(order=order):
+            found.append(everything(kernels.ops, SHAPES["rows"]))
     assert any(not torch.equal(bits(a), bits(b)) for a, b in zip(*found, strict=True))

@@ -44,10 +44,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def library() -> Iterator[cuda_on_host.Library]:
-    library = cuda_on_host.library()
-    with library.as_backend():
-        yield library
+def kernels() -> Iterator[cuda_on_host.Kernels]:
+    kernels = cuda_on_host.load()
+    with kernels.as_backend():
+        yield kernels
 
 
 def inputs(size: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -80,12 +80,12 @@ def run(
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", ["hard", "pair", "probabilities"])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_against_the_reference(library: cuda_on_host.Library, regime: str, kind: str, options: str) -> None:
+def test_against_the_reference(kernels: cuda_on_host.Kernels, regime: str, kind: str, options: str) -> None:
     if options == "ranked" and kind == "probabilities":
         return
     size, device = REGIMES[regime]
     reduction = "none" if options in ("smoothed", "extras") else "mean"
-    with library.device(**device):
+    with kernels.device(**device):
         ours = run("cuda_on_host", size, kind, options, reduction, torch.float32)
     reference, truth = (run("reference", size, kind, options, reduction, d) for d in (torch.float32, torch.float64))
     for i, (mine, theirs, true) in enumerate(zip(ours, reference, truth, strict=True)):
@@ -97,11 +97,11 @@ def test_against_the_reference(library: cuda_on_host.Library, regime: str, kind:
 
 @pytest.mark.parametrize("options", ["plain", "extras"])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_order_of_threads(library: cuda_on_host.Library, regime: str, options: str) -> None:
+def test_order_of_threads(kernels: cuda_on_host.Kernels, regime: str, options: str) -> None:
     size, device = REGIMES[regime]
     found = []
     for order in (0, 1, 2):
-        with library.device(**{**device, "order": order}):
+        with kernels.device(**{**device, "order": order}):
             found.append(run("cuda_on_host", size, "pair", options, "mean", torch.float32))
     for results in found[1:]:
         for i, (a, b) in enumerate(zip(found[0], results, strict=True)):
@@ -111,7 +111,7 @@ def test_order_of_threads(library: cuda_on_host.Library, regime: str, options: s
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("size", [(3, 41), (2, 5, 3, 2)], ids=str)
 def test_probabilities_of_another_dtype(
-    library: cuda_on_host.Library, kind: torch.dtype, size: tuple[int, ...]
+    kernels: cuda_on_host.Kernels, kind: torch.dtype, size: tuple[int, ...]
 ) -> None:
     x, *_, p = inputs(size)
     x, p = x.bfloat16(), p.to(kind)
@@ -125,19 +125,19 @@ def test_probabilities_of_another_dtype(
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.uint8], ids=["int32", "uint8"])
-def test_labels_of_other_dtypes(library: cuda_on_host.Library, kind: torch.dtype) -> None:
+def test_labels_of_other_dtypes(kernels: cuda_on_host.Kernels, kind: torch.dtype) -> None:
     x, y = torch.randn(5, 9), torch.randint(9, (5,))
     with fusedtricks.backend("cuda_on_host"):
         assert_bitwise_equal(cross_entropy(x, y), cross_entropy(x, y.to(kind)))
 
 
 @pytest.mark.parametrize("classes", [30, 4099])
-def test_bad_rows(library: cuda_on_host.Library, classes: int) -> None:
+def test_bad_rows(kernels: cuda_on_host.Kernels, classes: int) -> None:
     """Ignored rows are inert, a row without a finite logit is NaN, and so is a label that is no class."""
     x = torch.randn(5, classes)
     x[1], x[2] = nan, -inf
     y = torch.tensor([3, -100, 4, classes, 5])
-    with library.device(**SMALL), fusedtricks.backend("cuda_on_host"):
+    with kernels.device(**SMALL), fusedtricks.backend("cuda_on_host"):
         x.requires_grad_()
         loss = cross_entropy(x, y, reduction="none", label_smoothing=0.1)
         (made,) = torch.autograd.grad(loss, x, torch.ones(5))
@@ -148,12 +148,12 @@ def test_bad_rows(library: cuda_on_host.Library, classes: int) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_rows_of_minus_infinity_in_every_block(library: cuda_on_host.Library, smoothing: float) -> None:
+def test_rows_of_minus_infinity_in_every_block(kernels: cuda_on_host.Kernels, smoothing: float) -> None:
     for classes, finite in itertools.product((7, 4099), (0, 1, -1)):
         x, weight = torch.full((1, classes), -inf), torch.zeros(classes)
         x[0, finite], weight[finite] = 3.0, 1.0
         y = torch.tensor([finite % classes])
-        with library.device(**SMALL), fusedtricks.backend("cuda_on_host"):
+        with kernels.device(**SMALL), fusedtricks.backend("cuda_on_host"):
             x.requires_grad_()
             loss = cross_entropy(x, y, weight, label_smoothing=smoothing)
             (made,) = torch.autograd.grad(loss, x)
@@ -161,7 +161,7 @@ def test_rows_of_minus_infinity_in_every_block(library: cuda_on_host.Library, sm
         assert (made == 0).all()
 
 
-def test_no_rows_and_no_order_of_memory(library: cuda_on_host.Library) -> None:
+def test_no_rows_and_no_order_of_memory(kernels: cuda_on_host.Kernels) -> None:
     """Nothing to do, and rows that take more than two levels of strides: these go through copies."""
     with fusedtricks.backend("cuda_on_host"):
         assert cross_entropy(torch.empty(0, 3), torch.empty(0, dtype=torch.long)).isnan()
@@ -199,7 +199,7 @@ BUGS = {
 def test_caught(name: str) -> None:
     file, old, new, regime = BUGS[name]
     size, device = REGIMES[regime]
-    bad = cuda_on_host.Library(build.build({f"cuda/{file}": (old, new)}, stems=("cross_entropy",)))
+    bad = cuda_on_host.Kernels(build.build({f"cuda/{file}": (old, new)}, stems=("cross_entropy",)))
     with bad.as_backend(), bad.device(**device):
         found = run("cuda_on_host", size, "pair", "smoothed", "none", torch.float32)
     truth = run("reference", size, "pair", "smoothed", "none", torch.float64)
@@ -208,7 +208,7 @@ def test_caught(name: str) -> None:
 
 def test_counters_not_zeroed_is_caught() -> None:
     patch = {"cuda/cross_entropy.cu": ("device.zero(call.counters, needed * sizeof(unsigned));", "")}
-    bad = cuda_on_host.Library(build.build(patch, stems=("cross_entropy",)))
+    bad = cuda_on_host.Kernels(build.build(patch, stems=("cross_entropy",)))
     with bad.as_backend():
         found = run("cuda_on_host", (9, 5), "hard", "plain", "mean", torch.float32)
     assert not torch.equal(bits(found[0]), bits(run("reference", (9, 5), "hard", "plain", "mean", torch.float32)[0]))

@@ -28,8 +28,8 @@ FWD, BWD = "dropout_add_layer_norm_fwd", "dropout_add_layer_norm_bwd"
 
 
 @pytest.fixture(scope="module")
-def library() -> cuda_on_host.Library:
-    return cuda_on_host.library()
+def kernels() -> cuda_on_host.Kernels:
+    return cuda_on_host.load()
 
 
 def run(ops: dict[str, Callable[..., Any]], columns: int, dtype: torch.dtype, center: bool) -> list[Tensor]:
@@ -47,12 +47,12 @@ def run(ops: dict[str, Callable[..., Any]], columns: int, dtype: torch.dtype, ce
 @pytest.mark.parametrize("columns", [24, 700, 701])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("center", [True, False], ids=["layer", "rms"])
-def test_regimes(library: cuda_on_host.Library, center: bool, dtype: torch.dtype, columns: int, device: str) -> None:
+def test_regimes(kernels: cuda_on_host.Kernels, center: bool, dtype: torch.dtype, columns: int, device: str) -> None:
     reference = {name: Op.registry[name].implementation("reference") for name in (FWD, BWD)}
-    with library.device(**DEVICES[device]):
-        found = run(library.ops, columns, dtype, center)
-    with library.device(**DEVICES[device], order=1):
-        again = run(library.ops, columns, dtype, center)
+    with kernels.device(**DEVICES[device]):
+        found = run(kernels.ops, columns, dtype, center)
+    with kernels.device(**DEVICES[device], order=1):
+        again = run(kernels.ops, columns, dtype, center)
     names = ("y", "z", "stats", "dx", "dresidual", "dweight", "dbias")
     for name, ours, same, wanted in zip(names, found, again, run(reference, columns, dtype, center), strict=True):
         assert_bitwise_equal(ours, same, name=f"{name} in another order of threads")
@@ -62,13 +62,13 @@ def test_regimes(library: cuda_on_host.Library, center: bool, dtype: torch.dtype
         torch.testing.assert_close(ours, wanted, **rounding)
 
 
-def test_wanted_gradients(library: cuda_on_host.Library) -> None:
+def test_wanted_gradients(kernels: cuda_on_host.Kernels) -> None:
     """What is not wanted is empty; what is, does not depend on the rest."""
     dy, z, weight = torch.randn(5, 40), torch.randn(5, 40), torch.randn(40)
     seed, stats = torch.tensor([3]), torch.rand(3, 5)
-    every = library.ops[BWD](dy, None, z, weight, stats, seed, 40000, 1, True, *(True,) * 4)
+    every = kernels.ops[BWD](dy, None, z, weight, stats, seed, 40000, 1, True, *(True,) * 4)
     for wanted in itertools.product((True, False), repeat=4):
-        some = library.ops[BWD](dy, None, z, weight, stats, seed, 40000, 1, True, *wanted)
+        some = kernels.ops[BWD](dy, None, z, weight, stats, seed, 40000, 1, True, *wanted)
         for whole, part, want in zip(every, some, wanted, strict=True):
             if want:
                 assert_bitwise_equal(whole, part)
@@ -76,11 +76,11 @@ def test_wanted_gradients(library: cuda_on_host.Library) -> None:
                 assert part.shape == (0,)
 
 
-def test_every_kernel_is_reached(library: cuda_on_host.Library) -> None:
+def test_every_kernel_is_reached(kernels: cuda_on_host.Kernels) -> None:
     for device, columns in itertools.product(DEVICES.values(), (700, 701)):
-        with library.device(**device):
-            run(library.ops, columns, torch.float32, True)
+        with kernels.device(**device):
+            run(kernels.ops, columns, torch.float32, True)
     names = ("normalize_sums", "add_strips", "normalize_sum_strips", "split_gradients", "project_sum_strips")
     for kernel in ("add_elements<float, 1", *(f"{name}<float, {width}>" for name in names for width in (1, 4))):
         name = f"void fusedtricks::cuda::{kernel}"
-        assert any(k.startswith(name) for k in library.launched()), f"{name} was never launched"
+        assert any(k.startswith(name) for k in kernels.launched()), f"{name} was never launched"

@@ -28,8 +28,8 @@ PERMUTATIONS = {
 
 
 @pytest.fixture(scope="module")
-def library() -> cuda_on_host.Library:
-    return cuda_on_host.library()
+def kernels() -> cuda_on_host.Kernels:
+    return cuda_on_host.load()
 
 
 def reference(name: str, *args: object) -> torch.Tensor:
@@ -39,12 +39,12 @@ def reference(name: str, *args: object) -> torch.Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", PERMUTATIONS)
 @pytest.mark.parametrize("size", [(1, 3), (5, 2052), (300, 17)], ids=str)
-def test_in_place_is_out_of_place(library: cuda_on_host.Library, size: tuple[int, ...], kind: str, device: str) -> None:
+def test_in_place_is_out_of_place(kernels: cuda_on_host.Kernels, size: tuple[int, ...], kind: str, device: str) -> None:
     x, lam, perm = torch.randn(size), torch.rand(size[0]), PERMUTATIONS[kind](size[0])
-    with library.device(**DEVICES[device]):
-        y = library.ops["mixup_fwd"](x, lam, perm, None, None, x.dtype)
+    with kernels.device(**DEVICES[device]):
+        y = kernels.ops["mixup_fwd"](x, lam, perm, None, None, x.dtype)
         torch.testing.assert_close(y, reference("mixup_fwd", x, lam, perm, None, None, x.dtype))
-        library.ops["mixup_fwd_"](x, lam, perm)
+        kernels.ops["mixup_fwd_"](x, lam, perm)
     assert_bitwise_equal(x, y)
 
 
@@ -52,58 +52,58 @@ def test_in_place_is_out_of_place(library: cuda_on_host.Library, size: tuple[int
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [(5, 3, 8, 16), (260, 2, 3, 7)], ids=["vectors", "no vectors"])
-def test_images(library, size: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> None:
+def test_images(kernels, size: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, device: str) -> None:
     """M6: rounded once."""
     x = torch.randint(0, 256, size, dtype=torch.uint8).contiguous(memory_format=layout)
     lam, perm = torch.rand(size[0]), torch.randperm(size[0])
     scale, shift = torch.rand(size[1]), torch.randn(size[1])
-    with library.device(**DEVICES[device]):
-        y = library.ops["mixup_fwd"](x, lam, perm, scale, shift, dtype)
+    with kernels.device(**DEVICES[device]):
+        y = kernels.ops["mixup_fwd"](x, lam, perm, scale, shift, dtype)
     assert y.is_contiguous(memory_format=layout)
     torch.testing.assert_close(y, reference("mixup_fwd", x, lam, perm, scale, shift, dtype))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int16, torch.float16, torch.int64], ids=str)
-def test_cutmix_moves_every_dtype(library, dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_cutmix_moves_every_dtype(kernels, dtype: torch.dtype, layout: torch.memory_format) -> None:
     x = torch.randint(0, 2 if dtype == torch.bool else 100, (6, 3, 8, 16)).to(dtype).contiguous(memory_format=layout)
     perm, box = torch.randperm(6), torch.tensor([[-1, 5, 3, 9]] * 5 + [[2, 9, 7, 7]])
-    assert_bitwise_equal(library.ops["cutmix_fwd"](x, perm, box), reference("cutmix_fwd", x, perm, box))
+    assert_bitwise_equal(kernels.ops["cutmix_fwd"](x, perm, box), reference("cutmix_fwd", x, perm, box))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("partner", [-1, 300, 2**40])
-def test_partner_outside_the_batch(library: cuda_on_host.Library, partner: int, device: str) -> None:
+def test_partner_outside_the_batch(kernels: cuda_on_host.Kernels, partner: int, device: str) -> None:
     """Its sample is NaN; nothing outside is read or written, and the others are as they should be."""
     x, lam, perm = torch.randn(300, 1, 2, 8), torch.rand(300), torch.arange(300).roll(1)
     box = torch.tensor([[0, 1, 2, 3]])
     right = reference("mixup_fwd", x, lam, perm, None, None, x.dtype), reference("cutmix_fwd", x, perm, box)
     perm[7] = partner
-    with library.device(**DEVICES[device]):
-        found = library.ops["mixup_fwd"](x, lam, perm, None, None, x.dtype), library.ops["cutmix_fwd"](x, perm, box)
-        library.ops["mixup_bwd"](x, lam, perm)
-        library.ops["cutmix_bwd"](x, perm, box)
+    with kernels.device(**DEVICES[device]):
+        found = kernels.ops["mixup_fwd"](x, lam, perm, None, None, x.dtype), kernels.ops["cutmix_fwd"](x, perm, box)
+        kernels.ops["mixup_bwd"](x, lam, perm)
+        kernels.ops["cutmix_bwd"](x, perm, box)
     for y, wanted in zip(found, right, strict=True):
         assert y[7].isnan().all()
         wanted[7] = y[7]
         torch.testing.assert_close(y, wanted, equal_nan=True)
 
 
-def test_regimes(library: cuda_on_host.Library) -> None:
+def test_regimes(kernels: cuda_on_host.Kernels) -> None:
     """These tests reach every kernel, with vectors and without."""
     for device in DEVICES.values():
         for size in ((300, 1, 4, 16), (300, 1, 3, 5)):
             x, lam, perm, box = torch.randn(size), torch.rand(300), torch.randperm(300), torch.zeros(1, 4).long()
-            with library.device(**device):
-                y = library.ops["mixup_fwd"](x, lam, perm, None, None, x.dtype)
-                library.ops["mixup_fwd"](x.byte(), lam, perm, lam[:1], lam[:1], x.dtype)
-                library.ops["cutmix_bwd"](
-                    library.ops["cutmix_fwd"](x, perm, box := torch.zeros(1, 4).long()), perm, box
+            with kernels.device(**device):
+                y = kernels.ops["mixup_fwd"](x, lam, perm, None, None, x.dtype)
+                kernels.ops["mixup_fwd"](x.byte(), lam, perm, lam[:1], lam[:1], x.dtype)
+                kernels.ops["cutmix_bwd"](
+                    kernels.ops["cutmix_fwd"](x, perm, box := torch.zeros(1, 4).long()), perm, box
                 )
-                library.ops["shake_shake_bwd"](library.ops["shake_shake_fwd"](x, y, lam), lam)
+                kernels.ops["shake_shake_bwd"](kernels.ops["shake_shake_fwd"](x, y, lam), lam)
     types = ("float, float", "unsigned char, float")
     names = [f"{mix}<{T}" for mix in ("mix_columns", "mix_samples") for T in types]
     names += [f"{name}<float" for name in ("cut", "paste", "shake", "shake_backward")]
     for kernel in (f"{name}, {width}" for name in names for width in (1, 4)):
         name = f"void fusedtricks::cuda::{kernel}"
-        assert any(k.startswith(name) for k in library.launched()), f"{name} was never launched"
+        assert any(k.startswith(name) for k in kernels.launched()), f"{name} was never launched"

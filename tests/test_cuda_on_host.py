@@ -54,10 +54,10 @@ HOST = sweep.Target("cpu", "cuda_on_host")
 
 
 @pytest.fixture(scope="module")
-def library() -> Iterator[cuda_on_host.Library]:
-    library = cuda_on_host.library()
-    with library.as_backend():
-        yield library
+def kernels() -> Iterator[cuda_on_host.Kernels]:
+    kernels = cuda_on_host.load()
+    with kernels.as_backend():
+        yield kernels
 
 
 def sample(case: Case, device: str) -> list[sweep.Config]:
@@ -86,14 +86,14 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("stem", "config", "device"), RUNS)
-def test_parity(library: cuda_on_host.Library, stem: str, config: sweep.Config, device: str) -> None:
-    with library.device(**DEVICES[device]):
+def test_parity(kernels: cuda_on_host.Kernels, stem: str, config: sweep.Config, device: str) -> None:
+    with kernels.device(**DEVICES[device]):
         sweep.check(CASES[stem], config, HOST)
 
 
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_order_of_threads(library: cuda_on_host.Library, stem: str, device: str) -> None:
+def test_order_of_threads(kernels: cuda_on_host.Kernels, stem: str, device: str) -> None:
     """Between two barriers and between two launches any order of threads and blocks gives the same bits."""
     case = CASES[stem]
     for shape in {case.shape, *case.layout_shapes}:
@@ -102,7 +102,7 @@ def test_order_of_threads(library: cuda_on_host.Library, stem: str, device: str)
         wanted = [i for i, name in enumerate(case.names) if name not in case.fixed]
         found = []
         for order in (0, 1, 2, 3):
-            with library.device(**{**DEVICES[device], "order": order}), sweep.forced(HOST):
+            with kernels.device(**{**DEVICES[device], "order": order}), sweep.forced(HOST):
                 rest = case.shapes[shape][1:]
                 found.append(sweep.forward_backward(case, case.fn, tensors, wanted, dys, *rest))
         for results in found[1:]:
@@ -130,51 +130,51 @@ def run_everything(ops: Ops, stem: str, columns: int = 700, dtype: torch.dtype =
 @pytest.mark.parametrize("stem", NORMS)
 @pytest.mark.parametrize("columns", [24, 700, 701])
 @pytest.mark.parametrize("device", DEVICES)
-def test_order_of_threads_in_every_regime(library: cuda_on_host.Library, stem: str, columns: int, device: str) -> None:
+def test_order_of_threads_in_every_regime(kernels: cuda_on_host.Kernels, stem: str, columns: int, device: str) -> None:
     found = []
     for order in (0, 1, 2, 3):
-        with library.device(**{**DEVICES[device], "order": order}):
-            found.append(run_everything(library.ops, stem, columns))
+        with kernels.device(**{**DEVICES[device], "order": order}):
+            found.append(run_everything(kernels.ops, stem, columns))
     for results in found[1:]:
         for i, (a, b) in enumerate(zip(found[0], results, strict=True)):
             assert_bitwise_equal(a, b, name=f"result {i}")
 
 
 @pytest.mark.parametrize("stem", NORMS)
-def test_regimes(library: cuda_on_host.Library, stem: str) -> None:
+def test_regimes(kernels: cuda_on_host.Kernels, stem: str) -> None:
     """These tests reach every kernel."""
     for device in DEVICES.values():
         for columns in (24, 700, 1500):
-            with library.device(**device):
-                run_everything(library.ops, stem, columns)
-                run_everything(library.ops, stem, columns + 1, torch.bfloat16)
+            with kernels.device(**device):
+                run_everything(kernels.ops, stem, columns)
+                run_everything(kernels.ops, stem, columns + 1, torch.bfloat16)
     center = "true" if stem == "layer_norm" else "false"
     for name, regime in KERNELS.items():
         kernel = f"void fusedtricks::cuda::{name.format(c=center)}"
-        assert kernel in library.launched(), f"{regime}: {kernel} was never launched"
+        assert kernel in kernels.launched(), f"{regime}: {kernel} was never launched"
 
 
 @pytest.mark.parametrize("size", [1e3, 4e17, 1e25])
-def test_strips_of_large_values(library: cuda_on_host.Library, size: float) -> None:
+def test_strips_of_large_values(kernels: cuda_on_host.Kernels, size: float) -> None:
     """4e17: the squares of a strip fit fp32, those of the row do not."""
     x = torch.randn(2, 4096) * size
-    with library.device(**DEVICES["32 threads, 8 KB"]):
-        y, stats = library.ops["layer_norm_fwd"](x, None, None, 1e-5, 1)
-    truth, wide = library.ops["layer_norm_fwd"](x.double(), None, None, 1e-5, 1)
+    with kernels.device(**DEVICES["32 threads, 8 KB"]):
+        y, stats = kernels.ops["layer_norm_fwd"](x, None, None, 1e-5, 1)
+    truth, wide = kernels.ops["layer_norm_fwd"](x.double(), None, None, 1e-5, 1)
     torch.testing.assert_close(y.double(), truth, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stats[2].double(), wide[2], rtol=1e-6, atol=0)
 
 
-def test_wanted_gradients(library: cuda_on_host.Library) -> None:
+def test_wanted_gradients(kernels: cuda_on_host.Kernels) -> None:
     """What is not wanted is empty; what is, does not depend on the rest."""
     x, dy, weight = torch.randn(3, 5, 40), torch.randn(3, 5, 40), torch.randn(40)
     for device in DEVICES.values():
-        with library.device(**device):
-            _, stats = library.ops["layer_norm_fwd"](x, weight, None, 1e-5, 1)
-            every = library.ops["layer_norm_bwd"](dy, x, weight, stats, 1, True, True, True)
+        with kernels.device(**device):
+            _, stats = kernels.ops["layer_norm_fwd"](x, weight, None, 1e-5, 1)
+            every = kernels.ops["layer_norm_bwd"](dy, x, weight, stats, 1, True, True, True)
             for wanted in itertools.product((True, False), repeat=3):
                 for whole, part, want in zip(
-                    every, library.ops["layer_norm_bwd"](dy, x, weight, stats, 1, *wanted), wanted, strict=True
+                    every, kernels.ops["layer_norm_bwd"](dy, x, weight, stats, 1, *wanted), wanted, strict=True
                 ):
                     if want:
                         assert_bitwise_equal(whole, part)
@@ -196,11 +196,11 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 def test_missing_barrier_is_caught() -> None:
     old = "    __syncthreads();\n    value = threadIdx.x % kWarp"
-    library = cuda_on_host.Library(with_bug("cuda/reduce.cuh", old, old.replace("__syncthreads();", "")))
+    kernels = cuda_on_host.Kernels(with_bug("cuda/reduce.cuh", old, old.replace("__syncthreads();", "")))
     found = []
     for order in (0, 1):
-        with library.device(order=order):
-            found.append(run_everything(library.ops, "rms_norm"))
+        with kernels.device(order=order):
+            found.append(run_everything(kernels.ops, "rms_norm"))
     assert not equal(*found)
 
 
@@ -208,22 +208,22 @@ def test_divergent_barrier_is_caught() -> None:
     write = "partial[threadIdx.x / kWarp] = value;"
     old = f"    if (threadIdx.x % kWarp == 0) {write}\n    __syncthreads();"
     new = f"    if (threadIdx.x % kWarp == 0) {{ {write} __syncthreads(); }}"
-    library = cuda_on_host.Library(with_bug("cuda/reduce.cuh", old, new))
+    kernels = cuda_on_host.Kernels(with_bug("cuda/reduce.cuh", old, new))
     with pytest.raises(RuntimeError, match="divergent synchronisation"):
-        run_everything(library.ops, "rms_norm")
+        run_everything(kernels.ops, "rms_norm")
 
 
 def test_store_out_of_bounds_is_caught() -> None:
     old = "if (j < count) cuda::store<Width, cache>"
-    library = cuda_on_host.Library(with_bug("cuda/vector.cuh", old, old.removeprefix("if (j < count) ")))
+    kernels = cuda_on_host.Kernels(with_bug("cuda/vector.cuh", old, old.removeprefix("if (j < count) ")))
     with pytest.raises(RuntimeError, match="out-of-bounds write"):
-        run_everything(library.ops, "rms_norm")
+        run_everything(kernels.ops, "rms_norm")
 
 
 def test_counters_not_zeroed_is_caught() -> None:
     old = "if (parameters || project) device.zero(a.counters, counters.numel() * sizeof(unsigned));"
-    library = cuda_on_host.Library(with_bug("cuda/row_norm_backward.cuh", old, ""))
-    assert run_everything(library.ops, "rms_norm")[-1].isnan().all()
+    kernels = cuda_on_host.Kernels(with_bug("cuda/row_norm_backward.cuh", old, ""))
+    assert run_everything(kernels.ops, "rms_norm")[-1].isnan().all()
 
 
 def test_load_out_of_bounds_is_caught() -> None:
@@ -233,7 +233,7 @@ def test_load_out_of_bounds_is_caught() -> None:
         pytest.skip("AddressSanitizer is not installed")
     old = "if (j < count) cuda::load<Width, cache>"
     path = with_bug("cuda/vector.cuh", old, old.removeprefix("if (j < count) "), asan=True)
-    code = f"import test_cuda_on_host as t; t.run_everything(t.cuda_on_host.Library({str(path)!r}).ops, 'rms_norm')"
+    code = f"import test_cuda_on_host as t; t.run_everything(t.cuda_on_host.Kernels({str(path)!r}).ops, 'rms_norm')"
     options = "detect_leaks=0:detect_stack_use_after_return=0"
     env = {**os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": options, "PYTHONPATH": str(Path(__file__).parent)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)

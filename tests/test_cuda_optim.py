@@ -36,56 +36,56 @@ TILE = 8192
 
 
 @pytest.fixture(scope="module")
-def library() -> cuda_on_host.Library:
-    return cuda_on_host.library()
+def kernels() -> cuda_on_host.Kernels:
+    return cuda_on_host.load()
 
 
-def both(library: cuda_on_host.Library, stem: str, entries: list[Entry], **kwargs: Any) -> tuple[Problem, Problem]:
+def both(kernels: cuda_on_host.Kernels, stem: str, entries: list[Entry], **kwargs: Any) -> tuple[Problem, Problem]:
     """The step by the kernels and by the reference."""
     options = {k: kwargs.pop(k) for k in ("groups", "size", "restart") if k in kwargs}
     ours, theirs = (Problem(stem, entries, **options) for _ in range(2))
-    return ours.run(library.ops[f"{stem}_"], **kwargs), theirs.run(theirs.reference, **kwargs)
+    return ours.run(kernels.ops[f"{stem}_"], **kwargs), theirs.run(theirs.reference, **kwargs)
 
 
 @each_stem
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_kind(library: cuda_on_host.Library, stem: str, options: dict[str, Any]) -> None:
+def test_every_kind(kernels: cuda_on_host.Kernels, stem: str, options: dict[str, Any]) -> None:
     for device in DEVICES.values():
-        with library.device(**device):
-            assert_same(*both(library, stem, every_kind(45), steps=2, **options))
+        with kernels.device(**device):
+            assert_same(*both(kernels, stem, every_kind(45), steps=2, **options))
 
 
 @each_stem
-def test_alignments(library: cuda_on_host.Library, stem: str) -> None:
+def test_alignments(kernels: cuda_on_host.Kernels, stem: str) -> None:
     for device in DEVICES.values():
-        with library.device(**device):
-            assert_same(*both(library, stem, ALIGNMENTS, grad_scale=2.0))
+        with kernels.device(**device):
+            assert_same(*both(kernels, stem, ALIGNMENTS, grad_scale=2.0))
 
 
 @each_stem
-def test_tiles(library: cuda_on_host.Library, stem: str) -> None:
+def test_tiles(kernels: cuda_on_host.Kernels, stem: str) -> None:
     """A tensor in several tiles, its neighbours in some of them, empty ones where tiles meet: each steps once."""
     sizes = (0, 3, TILE - 3, 0, 0, 2 * TILE + 5, 100, TILE - 105, 0)
     entries = [Entry(n, group=i % 2, taken=i) for i, n in enumerate(sizes)]
     for order in (0, 1):
-        with library.device(order=order):
-            assert_same(*both(library, stem, entries, steps=2))
-    assert_same(*both(library, stem, [Entry(0), Entry(0)]))
-    assert_same(*both(library, stem, [], max_norm=1.0))
+        with kernels.device(order=order):
+            assert_same(*both(kernels, stem, entries, steps=2))
+    assert_same(*both(kernels, stem, [Entry(0), Entry(0)]))
+    assert_same(*both(kernels, stem, [], max_norm=1.0))
 
 
 @each_stem
-def test_many_rows_in_a_tile(library: cuda_on_host.Library, stem: str) -> None:
+def test_many_rows_in_a_tile(kernels: cuda_on_host.Kernels, stem: str) -> None:
     entries = [Entry(i % 4, group=i // 100, offset=i % 3, taken=i % 5) for i in range(150)]
-    assert_same(*both(library, stem, entries))
-    assert_same(*both(library, stem, entries + every_kind(9), restart=False))
+    assert_same(*both(kernels, stem, entries))
+    assert_same(*both(kernels, stem, entries + every_kind(9), restart=False))
 
 
 @each_stem
 @pytest.mark.parametrize("found", [1.0, 2.0, float("nan")])
-def test_found_inf_skips_everything(library: cuda_on_host.Library, stem: str, found: float) -> None:
+def test_found_inf_skips_everything(kernels: cuda_on_host.Kernels, stem: str, found: float) -> None:
     entries, options = every_kind(20), {"grad_scale": 8.0, "found_inf": found, "max_norm": 1.0, "norm": 2.0}
-    ours, theirs = both(library, stem, entries, **options)
+    ours, theirs = both(kernels, stem, entries, **options)
     assert_same(ours, theirs)
     assert ours.outcome.tolist() == [2.0, 1.0]
     before = Problem(stem, entries).tensors()
@@ -94,50 +94,50 @@ def test_found_inf_skips_everything(library: cuda_on_host.Library, stem: str, fo
 
 
 @each_stem
-def test_clipping(library: cuda_on_host.Library, stem: str) -> None:
+def test_clipping(kernels: cuda_on_host.Kernels, stem: str) -> None:
     """The order of a sum differs from the reference's, and nothing else; its own is always the same."""
     entries = [*every_kind(60), Entry(2 * TILE + 11, offset=1)]
     for max_norm in (1.0, 1e9):
         found = []
         for order in (0, 1, 2, 3):
-            with library.device(order=order):
-                ours, theirs = both(library, stem, entries, max_norm=max_norm, grad_scale=2.0)
+            with kernels.device(order=order):
+                ours, theirs = both(kernels, stem, entries, max_norm=max_norm, grad_scale=2.0)
             assert_same(ours, theirs, ulps=4)
             found.append(ours)
         for other in found[1:]:
             assert_same(found[0], other, ulps=0)
 
 
-def test_clipping_of_large_and_small_gradients(library: cuda_on_host.Library) -> None:
+def test_clipping_of_large_and_small_gradients(kernels: cuda_on_host.Kernels) -> None:
     """Squares that fp32 cannot hold."""
     for size in (1e-30, 1e30):
-        assert_same(*both(library, "sgd", [Entry(1000), Entry(10, BF16)], size=size, max_norm=size), ulps=4)
+        assert_same(*both(kernels, "sgd", [Entry(1000), Entry(10, BF16)], size=size, max_norm=size), ulps=4)
 
 
 @pytest.mark.parametrize("taken", [2**24 - 1, 2**24, 2**24 + 1, 10**9])
-def test_steps_beyond_float32(library: cuda_on_host.Library, taken: int) -> None:
+def test_steps_beyond_float32(kernels: cuda_on_host.Kernels, taken: int) -> None:
     for step in (FP32, FP64, None):
-        ours, theirs = both(library, "adamw", [Entry(10, taken=taken, step=step)], steps=3)
+        ours, theirs = both(kernels, "adamw", [Entry(10, taken=taken, step=step)], steps=3)
         assert_same(ours, theirs)
         assert ours.progress.item() == taken + 3
 
 
-def test_a_step_that_somebody_changed_is_obeyed(library: cuda_on_host.Library) -> None:
+def test_a_step_that_somebody_changed_is_obeyed(kernels: cuda_on_host.Kernels) -> None:
     ours, theirs = (Problem("adamw", [Entry(10, taken=5), Entry(TILE + 1)]) for _ in range(2))
     for problem in (ours, theirs):
         for row in problem.rows:
             row.step.fill_(100)
-    assert_same(ours.run(library.ops["adamw_"]), theirs.run(theirs.reference))
+    assert_same(ours.run(kernels.ops["adamw_"]), theirs.run(theirs.reference))
     assert ours.progress.tolist() == [101, 101]
 
 
-def test_orders_of_threads(library: cuda_on_host.Library) -> None:
+def test_orders_of_threads(kernels: cuda_on_host.Kernels) -> None:
     for stem in RULES:
         found = []
         for order in (0, 1, 2, 3):
-            with library.device(order=order):
+            with kernels.device(order=order):
                 problem = Problem(stem, [*every_kind(45), Entry(TILE)])
-                found.append(problem.run(library.ops[f"{stem}_"], max_norm=1.0, grad_scale=2.0, steps=2))
+                found.append(problem.run(kernels.ops[f"{stem}_"], max_norm=1.0, grad_scale=2.0, steps=2))
         for other in found[1:]:
             assert_same(found[0], other, ulps=0)
 
@@ -145,37 +145,37 @@ def test_orders_of_threads(library: cuda_on_host.Library) -> None:
 @pytest.mark.parametrize(
     ("options", "launches"), [({}, 1), ({"norm": 1.0, "max_norm": 1.0}, 1), ({"max_norm": 1.0}, 2)]
 )
-def test_launches(library: cuda_on_host.Library, options: dict[str, Any], launches: int) -> None:
+def test_launches(kernels: cuda_on_host.Kernels, options: dict[str, Any], launches: int) -> None:
     """One a step whatever the number of tensors and groups, two with clipping."""
     entries = [Entry(n % 50, group=n % 2, offset=n % 3, ema=n % 2 == 0) for n in range(200)]
     for stem in RULES:
-        before = library.launches()
-        Problem(stem, entries).run(library.ops[f"{stem}_"], **options)
-        assert library.launches() - before == launches
+        before = kernels.launches()
+        Problem(stem, entries).run(kernels.ops[f"{stem}_"], **options)
+        assert kernels.launches() - before == launches
 
 
-def test_unlike_dtypes_share_no_launch(library: cuda_on_host.Library) -> None:
-    before = library.launches()
-    Problem("adamw", every_kind(4)).run(library.ops["adamw_"])
-    assert library.launches() - before == 6
+def test_unlike_dtypes_share_no_launch(kernels: cuda_on_host.Kernels) -> None:
+    before = kernels.launches()
+    Problem("adamw", every_kind(4)).run(kernels.ops["adamw_"])
+    assert kernels.launches() - before == 6
 
 
 @each_stem
-def test_gaps_between_rows(library: cuda_on_host.Library, stem: str) -> None:
+def test_gaps_between_rows(kernels: cuda_on_host.Kernels, stem: str) -> None:
     """Rows may as well begin with a tile of their own, and `progress` be longer than the table."""
     entries = [Entry(n, group=n % 2) for n in (5, 0, TILE, TILE + 1, 0, 40)]
     ours, theirs = (Problem(stem, entries) for _ in range(2))
     taken = [-(-e.n // TILE) * TILE for e in ours.entries]
     ours.table[:, _table.START] = torch.tensor([sum(taken[:i]) for i in range(len(taken))])
     ours.segments[0, 3] = sum(taken)
-    assert_same(ours.run(library.ops[f"{stem}_"]), theirs.run(theirs.reference))
+    assert_same(ours.run(kernels.ops[f"{stem}_"]), theirs.run(theirs.reference))
 
 
-def test_wrong_scalars_are_refused(library: cuda_on_host.Library) -> None:
+def test_wrong_scalars_are_refused(kernels: cuda_on_host.Kernels) -> None:
     problem = Problem("sgd", [Entry(3)])
     given = (problem.table, problem.segments, problem.progress, problem.hyper, problem.outcome)
     with pytest.raises(RuntimeError, match="found_inf must be one float32 or float64 number, got 2"):
-        library.ops["sgd_"](*given, None, torch.zeros(2), None, None)
+        kernels.ops["sgd_"](*given, None, torch.zeros(2), None, None)
 
 
 # ---- sown bugs -------------------------------------------------------------------------------------------------------
@@ -193,14 +193,14 @@ def test_wrong_scalars_are_refused(library: cuda_on_host.Library) -> None:
     ids=["every block advances the step", "found_inf", "alignment", "tail", "barrier"],
 )
 def test_sown_bugs_are_caught(old: str, new: str) -> None:
-    broken = cuda_on_host.Library(build.build({"cuda/multi_tensor.cuh": (old, new)}, stems=("adamw",)))
+    broken = cuda_on_host.Kernels(build.build({"cuda/multi_tensor.cuh": (old, new)}, stems=("adamw",)))
     with pytest.raises((AssertionError, RuntimeError)):
         check_everything(broken)
 
 
-def check_everything(library: cuda_on_host.Library) -> None:
+def check_everything(kernels: cuda_on_host.Kernels) -> None:
     for order in (0, 1):
-        with library.device(order=order):
-            assert_same(*both(library, "adamw", [Entry(TILE + 9), Entry(300, skew=1)], found_inf=0.0))
-            assert_same(*both(library, "adamw", [Entry(i % 7, FP16, FP32) for i in range(80)], found_inf=1.0))
-            assert_same(*both(library, "adamw", [Entry(40 + i % 7) for i in range(80)]))
+        with kernels.device(order=order):
+            assert_same(*both(kernels, "adamw", [Entry(TILE + 9), Entry(300, skew=1)], found_inf=0.0))
+            assert_same(*both(kernels, "adamw", [Entry(i % 7, FP16, FP32) for i in range(80)], found_inf=1.0))
+            assert_same(*both(kernels, "adamw", [Entry(40 + i % 7) for i in range(80)]))

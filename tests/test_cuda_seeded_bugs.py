@@ -20,8 +20,8 @@ pytestmark = [
 def test_caught(name: str) -> None:
     """On a device whose threads run in descending order, which shows what relies on ascending order."""
     bug = CUDA_BUGS[name]
-    library = cuda_on_host.Library(build.build({bug.file: (bug.right, bug.wrong)}, stems=(bug.op,)))
-    with library.as_backend(), library.device(order=1):
+    kernels = cuda_on_host.Kernels(build.build({bug.file: (bug.right, bug.wrong)}, stems=(bug.op,)))
+    with kernels.as_backend(), kernels.device(order=1):
         for config in sample(CASES[bug.op], "a real device"):
             try:
                 sweep.check(CASES[bug.op], config, HOST)

@@ -24,7 +24,7 @@ from . import build as _build
 _serial = itertools.count()
 
 
-class Library:
+class Kernels:
     """The kernels of one build: `ops` maps operator names to callables on CPU tensors."""
 
     def __init__(self, path: Path | None = None):
@@ -85,18 +85,19 @@ class Library:
                 Op.registry[name]._implementations = implementations
 
 
-_default: Library | None = None
+_default: Kernels | None = None
 
 
-def library() -> Library:
+def load() -> Kernels:
+    """The kernels of csrc/cuda as they are, compiled at the first call."""
     global _default
-    _default = _default or Library()
+    _default = _default or Kernels()
     return _default
 
 
 def install() -> dict[str, Callable[..., Any]]:
     """{operator name: the CUDA kernels' launcher on CPU tensors}, compiled if need be."""
-    return library().ops
+    return load().ops
 
 
 def available() -> bool:
