@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases.distillation import torchs
-from parity import assert_no_worse, assert_within, largest
+from parity import assert_bitwise_equal, assert_no_worse, assert_within, largest
 from sweep import INTERPRETED
 from torch import Tensor
 
@@ -125,6 +125,24 @@ def test_ignored_labels_and_nothing_kept() -> None:
     loss = distillation_loss(student, teacher, torch.full((4,), -100))
     assert loss.isnan()
     torch.testing.assert_close(torch.autograd.grad(loss, student)[0], kl / 4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_gradient_beyond_the_caches(temperature: float) -> None:
+    """Stored past them, in rows of every alignment: row by row what a small one is, made with the loss or after it."""
+    rows, classes = 2100, 4099  # 34 MB
+    student, teacher, y = torch.randn(rows, classes), torch.randn(rows, classes), torch.randint(classes, (rows,))
+
+    def gradients(these: slice) -> list[Tensor]:
+        leaf = student[these].clone().requires_grad_()
+        loss = distillation_loss(leaf, teacher[these], y[these], temperature, reduction="sum", label_smoothing=0.1)
+        return [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2)]
+
+    whole = gradients(slice(None))
+    for these in (slice(0, 33), slice(rows - 33, rows)):
+        for large, small in zip(whole, gradients(these), strict=True):
+            torch.testing.assert_close(large[these], small, rtol=1e-5, atol=1e-8)
+    assert_bitwise_equal(*whole)
 
 
 def test_the_size_of_the_gradient_does_not_depend_on_the_temperature() -> None:

@@ -40,6 +40,13 @@ Vec<A> weights(const A* weight, int64_t j, auto lanes) {
   return weight ? load(weight + j, lanes) : broadcast(A(1));
 }
 
+// How many elements come before the first that a streamed store may begin with.
+template <class T, class A = Acc<T>>
+int64_t unaligned_head(const T* to) {
+  constexpr uintptr_t kWidth = kLanes<A> * sizeof(T);
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % kWidth / sizeof(T));
+}
+
 // Both: the student's exponentials at the temperature and at 1 are not the same.
 template <bool Both, class T, class P, class A = Acc<T>>
 void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
@@ -50,8 +57,10 @@ void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
   const Loss<P, P, true> teacher{{}, {}, C, nullptr};
   const A* weight = pass.t ? pass.t->weight : nullptr;
   const A over = pass.over;
-  // Results beyond this are streamed past the caches.
-  constexpr int64_t kCacheBytes = 32 << 20;
+  const bool smooth = pass.t && pass.t->o.off != A(0);  // else no class but the labels has a share of its own
+  // Results beyond this are streamed past the caches; rows that begin in the midst of a store must be longer, lest
+  // heads and tails be too many.
+  constexpr int64_t kCacheBytes = 32 << 20, kFewestStreamed = 256;
   const bool far = R * C * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
   parallel(R, 2 * C, [&](int64_t begin, int64_t end) {
     const bool keeps = pass.forward && pass.dx;
@@ -68,7 +77,7 @@ void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
       const T* next_x = x0 + at.offset[1];
       const P* next_t = t0 + at.offset[3];
       auto stat = [&](DistillationStat s) -> A& { return pass.stats[s * R + r]; };
-      RowTarget<A> target;
+      RowTarget<A> target{};
       set_or_dead(target, pass.t, r);
       if (pass.forward) {
         const A top = row_top(student, x), teacher_top = row_top(teacher, t);
@@ -83,8 +92,10 @@ void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
             s[0] += keep<A>(e_u, lanes);
             s[1] += e_v;
             s[2] += e_v != A(0) ? e_v * (v - z) : Vec<A>{};
-            const Vec<A> w = keep<A>(weights(weight, j, lanes), lanes);
-            s[3] += w != A(0) ? w * z : Vec<A>{};
+            if (smooth) {
+              const Vec<A> w = keep<A>(weights(weight, j, lanes), lanes);
+              s[3] += w != A(0) ? w * z : Vec<A>{};
+            }
             if constexpr (Keep) store(eu + j, e_u, lanes), store(ev + j, e_v, lanes);
             if constexpr (Both) {
               const Vec<A> e_s = exp<A>(z);
@@ -109,37 +120,42 @@ void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
       const auto k = slopes_of(soft, hard, A(1) / stat(kSum), target.off, Both);
       const A top = stat(kTop), teacher_top = stat(kTeacherTop);
       auto differentiate = [&]<bool Stream>(const auto& value) {
+        auto smoothed = [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+          const Vec<A> v = value(j, lanes);
+          return smooth ? v - k.off * weights(weight, j, lanes) : v;
+        };
         auto at_label = [&](int64_t c) {
-          A v = value(c, Tail{1})[0];
+          A v = smoothed(c, Tail{1})[0];
           if (c == target.a) v -= hard.g * target.at_a;
           if (c == target.b) v -= hard.g * target.at_b;
           return v;
         };
-        sweep<A, 4>(0, C, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-          store_or_stream<Stream>(dx + j, value(j, lanes), lanes);
-        });
+        auto put = [&](int64_t j, auto lanes, int)
+                       __attribute__((always_inline)) { store_or_stream<Stream>(dx + j, smoothed(j, lanes), lanes); };
+        const int64_t head = Stream ? unaligned_head(dx) : 0;
+        if (head > 0) put(0, Tail{static_cast<int>(head)}, 0);
+        sweep<A, 4>(head, C, put);
         if (hard.zero) return;
         // Rounded once, with what the label takes away.
         dx[target.a] = rounded_to<T>(at_label(target.a));
         dx[target.b] = rounded_to<T>(at_label(target.b));
       };
       auto from = [&](const auto& value) {
-        const bool aligned = reinterpret_cast<uintptr_t>(dx) % (kLanes<A> * sizeof(T)) == 0;
-        far&& aligned ? differentiate.template operator()<true>(value)
-                      : differentiate.template operator()<false>(value);
+        const bool past_caches = far && (C >= kFewestStreamed || unaligned_head(dx) == 0);
+        past_caches ? differentiate.template operator()<true>(value) : differentiate.template operator()<false>(value);
       };
       if (keeps) {
-        from([&](int64_t j, auto lanes) {
+        from([&](int64_t j, auto lanes) __attribute__((always_inline)) {
           Vec<A> v = k.student * load(eu + j, lanes) - k.teacher * load(ev + j, lanes);
           if constexpr (Both) v += k.hard * load(es + j, lanes);
-          return v - k.off * weights(weight, j, lanes);
+          return v;
         });
       } else {
-        from([&](int64_t j, auto lanes) {
+        from([&](int64_t j, auto lanes) __attribute__((always_inline)) {
           const Vec<A> z = load(x + j, lanes) - top;
           Vec<A> v = k.student * exp<A>(z * over) - k.teacher * exp<A>((load(t + j, lanes) - teacher_top) * over);
           if constexpr (Both) v += k.hard * exp<A>(z);
-          return v - k.off * weights(weight, j, lanes);
+          return v;
         });
       }
     }
