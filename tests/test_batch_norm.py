@@ -166,37 +166,46 @@ def test_residual_of_any_layout(target: Target, activation: str, size: tuple[int
             guard.check()
 
 
+# Size, activation, dtype, is there a residual?
 LARGE = {
-    "planes": ((1, 3, 840, 840), "identity"),
-    "planes, with a mask": ((1, 3, 840, 840), "relu"),
-    "planes off the boundary": ((53, 2, 141, 141), "identity"),
-    "rows, the last one shorter": ((1, 3, 1, 841, 840), "identity"),
-    "rows, with a mask": ((1, 3, 1, 841, 840), "relu"),
-    "wide rows": ((4100, 528), "identity"),
+    "planes": ((1, 3, 840, 840), "identity", torch.float32, True),
+    "planes, with a mask": ((1, 3, 840, 840), "relu", torch.float32, True),
+    "planes off the boundary": ((53, 2, 141, 141), "identity", torch.float32, True),
+    "planes of 16 bits": ((55, 8, 80, 81), "identity", torch.bfloat16, True),
+    "rows, the last one shorter": ((1, 3, 1, 841, 840), "identity", torch.float32, True),
+    "rows, with a mask": ((1, 3, 1, 841, 840), "relu", torch.float32, True),
+    "rows of 16 bits": ((1, 3, 1, 1023, 1025), "identity", torch.bfloat16, True),
+    "wide rows": ((4100, 528), "identity", torch.float32, True),
+    # Long planes of many channels: one is written while the next is read. Their chunks are of 5 and of 2 runs.
+    "channels in turn": ((7, 9, 52, 60), "identity", torch.float32, False),
+    "channels in turn, rectified": ((7, 9, 52, 60), "leaky_relu", torch.float32, False),
+    "channels in turn, with a mask": ((7, 9, 52, 60), "relu", torch.float32, True),
+    "channels in turn, whose planes end anywhere": ((7, 9, 53, 61), "relu", torch.float32, True),
+    "channels in turn, past the caches": ((51, 9, 52, 60), "relu", torch.float32, True),
 }
 
 
 @pytest.mark.parametrize("reason", LARGE)
 def test_batches_past_the_caches(reason: str) -> None:
     """What no cache could hold is stored past them, which only whole registers on a boundary can be."""
-    size, activation = LARGE[reason]
+    size, activation, dtype, added = LARGE[reason]
     memory = torch.channels_last_3d if len(size) == 5 else torch.contiguous_format
-    x, other, dy = (torch.randn(size).contiguous(memory_format=memory) for _ in range(3))
-    tensors = (x, other, *torch.randn(2, size[1]))
+    x, dy, other = (torch.randn(size).to(dtype).contiguous(memory_format=memory) for _ in range(3))
+    tensors = (x, *torch.randn(2, size[1]).to(dtype), *[other][:added])
 
     def run(fn: Any, dtype: torch.dtype, activation: str) -> list[torch.Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
-        y = fn(leaves[0], None, None, leaves[2], leaves[3], leaves[1], True, activation=activation)
+        y = fn(leaves[0], None, None, *leaves[1:3], *(leaves[3:] or [None]), True, activation=activation)
         return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
 
     # Where rounding decides about the sign of z, nothing is to be learned.
     dy.masked_fill_(run(eager, torch.float64, "identity")[0].abs() < 1e-4, 0.0)
-    theirs, truths = (run(eager, dtype, activation) for dtype in (torch.float32, torch.float64))
+    theirs, truths = (run(eager, d, activation) for d in (dtype, torch.float64))
     for target in targets(CASES["batch_norm"]):
         if not target.backend.startswith("cpu:"):
             continue
         with forced(target):
-            found = run(functional.batch_norm_act, torch.float32, activation)
+            found = run(functional.batch_norm_act, dtype, activation)
         for i, (ours, torch_s, truth) in enumerate(zip(found, theirs, truths, strict=True)):
             assert_no_worse(ours, torch_s, truth, name=f"{reason}, {target}, result {i}")
 

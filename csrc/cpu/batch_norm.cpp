@@ -99,6 +99,19 @@ bool past_caches(const Channels& s, int64_t length, int64_t tensors, bool masked
   return enough && worth_streaming(tensors * s.numel() * int64_t{sizeof(T)});
 }
 
+// Is one chunk written while another is read, a register of each in turn? Not where runs are short and hop through
+// memory, nor where a run that goes past the caches does not end with a register.
+template <class T>
+bool worth_fusing(const Planes::Chunk& written, const Planes::Chunk& read, bool streaming) {
+  constexpr int64_t kLongRun = 1024;
+  const bool whole = written.length % kLanes<Acc<T>> == 0;
+  return written.length == read.length && written.length >= kLongRun && (whole || !streaming);
+}
+
+// Compiled for that? Where much is done with a register memory waits anyway, and fp64 is rare.
+template <Mode M, class T>
+inline constexpr bool fusible = !much(M) && !std::is_same_v<T, double>;
+
 // ---- operands -------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -179,7 +192,7 @@ struct Forward {
   const A *weight, *bias;
   Statistics<A> out;
   Mode mode;
-  Slope<A> slope;
+  Shape<A> shape;
   bool measured, written;
 
   // scale and shift of a channel; its mean is in the statistics.
@@ -196,56 +209,94 @@ struct Forward {
     const Arrays<A> parts(4, s.channels * cut.chunks, where);
     auto* sums = reinterpret_cast<ShiftedSums<A>*>(parts[0]);
     const bool streaming = past_caches<T>(s, s.inner, residual.data ? 3 : 2, mode == kMasked, {y});
-    auto measure_chunk = [&](int64_t c, int64_t i) {
+    auto measure_chunk = [&](int64_t c, int64_t i, const auto& beside) __attribute__((always_inline)) {
       const auto at = cut.chunk(s, i);
       sums[c * cut.chunks + i] =
-          measure(x.data + at.run * x.outer + c * x.channel + at.begin, x.outer, at.runs, at.length);
+          measure(x.data + at.run * x.outer + c * x.channel + at.begin, x.outer, at.runs, at.length, beside);
     };
+    auto measure_alone = [&](int64_t c, int64_t i) __attribute__((noinline)) { measure_chunk(c, i, Nothing()); };
     auto finish = [&](int64_t c) {
       if (measured) merge_planes(cut, s, sums + c * cut.chunks, c, out);
       derive(c, values[0], values[1], values[2]);
     };
     const int64_t row_bytes = (s.inner + 7) / 8;
-    // `after` is the channel that is measured next, from its first chunk on, while this one is written from its last.
-    // Its x is asked for, and so are its lines of y, which must be read to be written in part; c itself for nothing.
-    auto write_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i, int64_t after) {
-      const auto at = cut.chunk(s, i), then = after == c ? at : cut.chunk(s, cut.chunks - 1 - i);
+    auto run_at = [&](int64_t r, int64_t c, int64_t begin) {
+      Run<T> run{};
+      run.x = x.data + r * x.outer + c * x.channel + begin;
+      run.y = y + (r * s.channels + c) * s.inner + begin;
+      if (residual.data) run.residual = residual.data + r * residual.outer + c * residual.channel + begin;
+      if (bits) run.bits = bits + (r * s.channels + c) * row_bytes + begin / 8;
+      return run;
+    };
+    // Writes the runs of a chunk from `first` on. Those of channel `after`, which is next, are asked for, and so are
+    // its lines of y, which must be read to be written in part; c itself for nothing.
+    auto write_chunk = [&]<Mode M>(int64_t c, int64_t i, int64_t after, int64_t first) {
+      const auto at = cut.chunk(s, i);
       const auto k = of_channel<kShift + 1, A>(values, c);
-      for (int64_t r = at.run; r < at.run + at.runs; ++r) {
-        Run<T> run{};
-        run.x = x.data + r * x.outer + c * x.channel + at.begin;
-        run.y = y + (r * s.channels + c) * s.inner + at.begin;
-        if (Add) run.residual = residual.data + r * residual.outer + c * residual.channel + at.begin;
-        if (M == kMasked) run.bits = bits + (r * s.channels + c) * row_bytes + at.begin / 8;
-        run.next_x = x.data + std::min(then.run + r - at.run, s.outer - 1) * x.outer + after * x.channel + then.begin;
+      for (int64_t r = at.run + first; r < at.run + at.runs; ++r) {
+        const auto run = run_at(r, c, at.begin), next = run_at(r, after, at.begin);
         sweep_run<much(M) ? 1 : 4>(at.length, run.y, streaming,
                                    [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-                                     ask_for(run.next_x + j);
-                                     if (!streaming) ask_for(run.y + (after - c) * s.inner + j);
-                                     forward_step<M, Add>(run, j, lanes, k, slope, streaming);
+                                     ask_for(next.x + j);
+                                     if (!streaming) ask_for(next.y + j);
+                                     forward_step<M>(run, j, lanes, k, shape, streaming);
                                    });
       }
     };
-    with_mode<false>(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
+    // Writes one chunk of c while another of `after` is measured, a register of each in turn, for memory reads and
+    // writes at the same time.
+    auto write_and_measure = [&]<Mode M>(int64_t c, int64_t i, int64_t after, int64_t then) {
+      const auto at = cut.chunk(s, i), beside = cut.chunk(s, then);
+      if (!fusible<M, T> || !worth_fusing<T>(at, beside, streaming)) {
+        write_chunk.template operator()<M>(c, i, after, 0);
+        return measure_alone(after, then);
+      }
+      if constexpr (fusible<M, T>) {
+        const Run<T> first = run_at(at.run, c, at.begin);
+        const int64_t x_outer = x.outer, y_outer = s.channels * s.inner, residual_outer = residual.outer,
+                      bits_outer = s.channels * row_bytes, runs = at.runs;
+        const Shape<A> now = shape;
+        const bool past = streaming;
+        const auto k = of_channel<kShift + 1, A>(values, c);
+        measure_chunk(after, then, [&](int64_t r, int64_t j, auto lanes) __attribute__((always_inline)) {
+          if (r >= runs) return;
+          Run<T> run = first;
+          run.x += r * x_outer, run.y += r * y_outer;
+          if (run.residual) run.residual += r * residual_outer;
+          if (M == kMasked) run.bits += r * bits_outer;
+          forward_step<M>(run, j, lanes, k, now, past);
+        });
+        write_chunk.template operator()<M>(c, i, after, beside.runs);
+      }
+    };
+    with_mode(mode, [&]<Mode M>() {
       if (!measured) {
         for (int64_t c = 0; c < s.channels; ++c) finish(c);
         // In the order of memory: a chunk is then the same group of images for every channel.
         parallel(s.channels * cut.chunks, s.samples() / cut.chunks, [&](int64_t begin, int64_t end) {
           for (int64_t k = begin; k < end; ++k) {
-            write_chunk.template operator()<M, Add>(k % s.channels, k / s.channels, k % s.channels);
+            write_chunk.template operator()<M>(k % s.channels, k / s.channels, k % s.channels, 0);
           }
           if (streaming) streamed();
         });
         return;
       }
       if (s.channels >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
-        // A channel after another: what was measured is still in the cache when it is written.
+        // A channel after another: what was measured is still in the cache when it is written, its end first.
         parallel(s.channels, s.samples(), [&](int64_t begin, int64_t end) {
+          for (int64_t i = 0; i < cut.chunks; ++i) measure_alone(begin, i);
           for (int64_t c = begin; c < end; ++c) {
-            for (int64_t i = 0; i < cut.chunks; ++i) measure_chunk(c, i);
             finish(c);
-            const int64_t after = std::min(c + 1, end - 1);
-            for (int64_t i = cut.chunks; written && i-- > 0;) write_chunk.template operator()<M, Add>(c, i, after);
+            for (int64_t i = 0; i < cut.chunks; ++i) {
+              const int64_t last = cut.chunks - 1 - i;
+              if (c + 1 == end) {
+                if (written) write_chunk.template operator()<M>(c, last, c, 0);
+              } else if (written) {
+                write_and_measure.template operator()<M>(c, last, c + 1, i);
+              } else {
+                measure_alone(c + 1, i);
+              }
+            }
           }
           if (streaming) streamed();
         });
@@ -253,13 +304,13 @@ struct Forward {
       }
       const int64_t cost = s.samples() / cut.chunks;
       parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) measure_chunk(k / cut.chunks, k % cut.chunks);
+        for (int64_t k = begin; k < end; ++k) measure_alone(k / cut.chunks, k % cut.chunks);
       });
       for (int64_t c = 0; c < s.channels; ++c) finish(c);
       if (!written) return;
       parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
         for (int64_t k = end; k-- > begin;) {
-          write_chunk.template operator()<M, Add>(k / cut.chunks, k % cut.chunks, k / cut.chunks);
+          write_chunk.template operator()<M>(k / cut.chunks, k % cut.chunks, k / cut.chunks, 0);
         }
         if (streaming) streamed();
       });
@@ -290,10 +341,10 @@ struct Forward {
       if (bits) run.bits = bits + row * cut.width / 8;
       return run;
     };
-    with_mode<false>(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
+    with_mode(mode, [&]<Mode M>() {
       walk_back<A, kShift + 1, much(M)>(cut, values, streaming, [&](int64_t row) {
         return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k)
-                   __attribute__((always_inline)) { forward_step<M, Add>(run, j, lanes, k, slope, streaming); };
+                   __attribute__((always_inline)) { forward_step<M>(run, j, lanes, k, shape, streaming); };
       });
     });
   }
@@ -346,7 +397,7 @@ Triple forward(const char* op, const Tensor& x, const MaybeTensor& residual, con
                  b ? b->data : nullptr,
                  {static_cast<A*>(stats.mutable_data_ptr()), channels, s.samples(), eps},
                  mode_of(activation, need_mask),
-                 Slope<A>(activation, slope),
+                 Shape<A>(activation, slope),
                  measured,
                  need_y};
     if (at_residual >= 0) f.residual = operands.pointer<const T>(at_residual, run, s.rows());
@@ -403,7 +454,7 @@ struct Backward {
   const A* given;     // (2, C) means of g and g x^
   A *sum_g, *sum_gx;  // sums of g and g x^ of this call
   Mode mode;
-  Slope<A> slope;
+  Shape<A> shape;
   bool training, summed;
 
   bool written() const { return dx || dresidual; }
@@ -444,45 +495,81 @@ struct Backward {
       if (bits) run.bits = const_cast<uint8_t*>(bits) + (r * s.channels + c) * row_bytes + begin / 8;
       return run;
     };
-    const int64_t outer[3] = {x.outer, dy.outer, residual.outer};
-    auto sum_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i) {
+    const std::array<int64_t, 4> outer{x.outer, dy.outer, residual.outer, s.channels * row_bytes};
+    auto sum_chunk = [&]<Mode M>(int64_t c, int64_t i, const auto& beside) __attribute__((always_inline)) {
       const auto at = cut.chunk(s, i);
-      const auto found = gradient_sums<M, Add>(run_at(at.run, c, at.begin), outer, s.channels * row_bytes, at.runs,
-                                               at.length, of_channel<kValues, A>(values, c), slope);
+      const auto found = gradient_sums<M>(run_at(at.run, c, at.begin), outer, at.runs, at.length,
+                                          of_channel<kValues, A>(values, c), shape, beside);
       parts[0][c * cut.chunks + i] = found[0], parts[1][c * cut.chunks + i] = found[1];
     };
+    auto sum_alone = [&]<Mode M>(int64_t c, int64_t i)
+                         __attribute__((noinline)) { sum_chunk.template operator()<M>(c, i, Nothing()); };
     auto finish = [&](int64_t c) {
       Wide<A> g = 0, gx = 0;
       for (int64_t i = c * cut.chunks; summed && i < (c + 1) * cut.chunks; ++i) g += parts[0][i], gx += parts[1][i];
       derive_means(c, g, gx, values[kOffset], values[kSlope]);
     };
-    auto write_chunk = [&]<Mode M, bool Add>(int64_t c, int64_t i, int64_t after) {
-      const auto at = cut.chunk(s, i), then = after == c ? at : cut.chunk(s, cut.chunks - 1 - i);
+    // As in the forward.
+    auto write_chunk = [&]<Mode M>(int64_t c, int64_t i, int64_t after, int64_t first) {
+      const auto at = cut.chunk(s, i);
       const auto k = of_channel<kValues, A>(values, c);
-      for (int64_t r = at.run; r < at.run + at.runs; ++r) {
-        auto run = run_at(r, c, at.begin);
-        const auto next = run_at(std::min(then.run + r - at.run, s.outer - 1), after, then.begin);
-        run.next_x = next.x, run.next_dy = next.dy;
-        const int64_t beside = (after - c) * s.inner;
+      for (int64_t r = at.run + first; r < at.run + at.runs; ++r) {
+        const auto run = run_at(r, c, at.begin), next = run_at(r, after, at.begin);
         sweep_run<much(M) ? 1 : 2>(at.length, dx ? run.dx : run.dresidual, streaming,
                                    [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-                                     ask_for(run.next_x + j);
-                                     ask_for(run.next_dy + j);
-                                     if (!streaming && run.dx) ask_for(run.dx + beside + j);
-                                     backward_step<M, Add>(run, j, lanes, k, slope, training, streaming);
+                                     ask_for(next.x + j);
+                                     ask_for(next.dy + j);
+                                     if (!streaming && run.dx) ask_for(next.dx + j);
+                                     backward_step<M>(run, j, lanes, k, shape, training, streaming);
                                    });
       }
     };
-    with_mode<true>(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
+    auto write_and_sum = [&]<Mode M>(int64_t c, int64_t i, int64_t after, int64_t then) {
+      const auto at = cut.chunk(s, i), beside = cut.chunk(s, then);
+      if (!fusible<M, T> || !summed || !worth_fusing<T>(at, beside, streaming)) {
+        write_chunk.template operator()<M>(c, i, after, 0);
+        if (summed) sum_alone.template operator()<M>(after, then);
+        return;
+      }
+      if constexpr (fusible<M, T>) {
+        const Run<T> first = run_at(at.run, c, at.begin);
+        const auto strides = outer;
+        const int64_t y_outer = s.channels * s.inner, runs = at.runs;
+        const Shape<A> now = shape;
+        const bool past = streaming, depends = training;
+        const auto k = of_channel<kValues, A>(values, c);
+        sum_chunk.template operator()<M>(after, then,
+                                         [&](int64_t r, int64_t j, auto lanes) __attribute__((always_inline)) {
+                                           if (r >= runs) return;
+                                           Run<T> run = first;
+                                           run.x += r * strides[0], run.dy += r * strides[1];
+                                           if (run.residual) run.residual += r * strides[2];
+                                           if (M == kMasked) run.bits += r * strides[3];
+                                           if (run.dx) run.dx += r * y_outer;
+                                           if (run.dresidual) run.dresidual += r * y_outer;
+                                           backward_step<M>(run, j, lanes, k, now, depends, past);
+                                         });
+        write_chunk.template operator()<M>(c, i, after, beside.runs);
+      }
+    };
+    with_mode(mode, [&]<Mode M>() {
       if (s.channels >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
         parallel(s.channels, s.samples(), [&](int64_t begin, int64_t end) {
+          for (int64_t c = begin; c < end; ++c) derive(c, values);
           // The last channel first: of x, the forward read it last.
+          for (int64_t i = 0; summed && i < cut.chunks; ++i) sum_alone.template operator()<M>(end - 1, i);
           for (int64_t c = end; c-- > begin;) {
-            derive(c, values);
-            for (int64_t i = 0; summed && i < cut.chunks; ++i) sum_chunk.template operator()<M, Add>(c, i);
             finish(c);
-            const int64_t after = std::max(c - 1, begin);
-            for (int64_t i = cut.chunks; written() && i-- > 0;) write_chunk.template operator()<M, Add>(c, i, after);
+            for (int64_t i = 0; i < cut.chunks; ++i) {
+              const int64_t last = cut.chunks - 1 - i;
+              if (c == begin) {
+                if (written()) write_chunk.template operator()<M>(c, last, c, 0);
+              } else if (written()) {
+                write_and_sum.template operator()<M>(c, last, c - 1, i);
+              } else {
+                sum_alone.template operator()<M>(c - 1, i);
+              }
+            }
           }
           if (streaming) streamed();
         });
@@ -492,14 +579,16 @@ struct Backward {
       for (int64_t c = 0; c < s.channels; ++c) derive(c, values);
       if (summed) {
         parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
-          for (int64_t k = begin; k < end; ++k) sum_chunk.template operator()<M, Add>(k / cut.chunks, k % cut.chunks);
+          for (int64_t k = begin; k < end; ++k) {
+            sum_alone.template operator()<M>(k / cut.chunks, k % cut.chunks);
+          }
         });
       }
       for (int64_t c = 0; c < s.channels; ++c) finish(c);
       if (!written()) return;
       parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
         for (int64_t k = end; k-- > begin;) {
-          write_chunk.template operator()<M, Add>(k / cut.chunks, k % cut.chunks, k / cut.chunks);
+          write_chunk.template operator()<M>(k / cut.chunks, k % cut.chunks, k / cut.chunks, 0);
         }
         if (streaming) streamed();
       });
@@ -520,13 +609,13 @@ struct Backward {
       if (bits) run.bits = const_cast<uint8_t*>(bits) + row * cut.width / 8;
       return run;
     };
-    with_mode<true>(mode, residual.data != nullptr, [&]<Mode M, bool Add>() {
+    with_mode(mode, [&]<Mode M>() {
       std::vector<Wide<A>> g(cut.width), gx(cut.width);
       if (summed) {
         const Arrays<A> parts(2 * cut.chunks, cut.width, where);
         parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
-            column_gradient_sums<M, Add, T>(cut, i, run_at, values, slope, parts[2 * i], parts[2 * i + 1]);
+            column_gradient_sums<M, T>(cut, i, run_at, values, shape, parts[2 * i], parts[2 * i + 1]);
           }
         });
         auto merge = [&](std::vector<Wide<A>>& to, int64_t which) {
@@ -543,9 +632,8 @@ struct Backward {
       for (int i : {kOffset, kSlope}) spread(cut, s, values[i]);
       const bool streaming = past_caches<T>(s, cut.width, tensors(), mode == kMasked, {dx, dresidual});
       walk_back<A, kSlope + 1, much(M)>(cut, values, streaming, [&](int64_t row) {
-        return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k) __attribute__((always_inline)) {
-          backward_step<M, Add>(run, j, lanes, k, slope, training, streaming);
-        };
+        return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k)
+                   __attribute__((always_inline)) { backward_step<M>(run, j, lanes, k, shape, training, streaming); };
       });
     });
   }
@@ -609,7 +697,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
                   sums[0],
                   sums[1],
                   mode_of(activation, mask.has_value()),
-                  Slope<A>(activation, slope),
+                  Shape<A>(activation, slope),
                   training,
                   summed};
     if (add) f.residual = operands.pointer<const T>(at_residual, run, s.rows());

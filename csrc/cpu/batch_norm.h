@@ -240,44 +240,53 @@ inline __attribute__((always_inline)) Constants<N, A> of_columns(const V& values
 
 // ---- activations ----------------------------------------------------------------------------------------------------
 
-// What follows normalization; the mask stands for the sign of z in a backward.
-enum Mode { kPlain, kRectified, kMasked, kWithSilu, kWithGelu };
+// What follows normalization; the mask stands for the sign of z in a backward. Kernels are compiled for each of these
+// only, for that is what costs time to compile; what else differs is looked up for every register, which costs little.
+enum Mode { kPlain, kRectified, kMasked, kSmooth };
 
 // Is a register of elements work for many instructions?
-inline constexpr bool much(Mode m) { return m == kWithSilu || m == kWithGelu; }
+inline constexpr bool much(Mode m) { return m == kSmooth; }
 
 inline Mode mode_of(int64_t activation, bool masked) {
   if (masked) return kMasked;
-  return activation == kIdentity ? kPlain
-         : activation == kSilu   ? kWithSilu
-         : activation == kGelu   ? kWithGelu
-                                 : kRectified;
+  if (activation == kIdentity) return kPlain;
+  return activation == kSilu || activation == kGelu ? kSmooth : kRectified;
 }
 
+// The activation where there is one. Smooth ones are called, not inlined.
 template <class A>
-struct Slope {
-  Vec<A> value;
+struct Shape {
+  Vec<A> slope;
   Lanes<A> keep;  // relu: what is below becomes 0, whatever it was
+  bool gelu;      // else silu, of the smooth ones
 
-  Slope(int64_t activation, double slope)
-      : value(broadcast(static_cast<A>(activation == kLeakyRelu ? slope : 0.0))),
-        keep(Lanes<A>{} - (activation == kLeakyRelu)) {}
-  Vec<A> operator()(Vec<A> v) const { return (Vec<A>)((Lanes<A>)(v * value) & keep); }
+  Shape(int64_t activation, double slope)
+      : slope(broadcast(static_cast<A>(activation == kLeakyRelu ? slope : 0.0))),
+        keep(Lanes<A>{} - (activation == kLeakyRelu)),
+        gelu(activation == kGelu) {}
+  Vec<A> low(Vec<A> v) const { return (Vec<A>)((Lanes<A>)(v * slope) & keep); }
 };
 
+template <class A>
+__attribute__((noinline)) Vec<A> smooth(Vec<A> z, bool with_gelu) {
+  return with_gelu ? gelu<VecMath>(z) : silu<VecMath>(z);
+}
+template <class A>
+__attribute__((noinline)) Vec<A> smooth_gradient(Vec<A> g, Vec<A> z, bool with_gelu) {
+  return with_gelu ? gelu_gradient<VecMath>(g, z) : silu_gradient<VecMath>(g, z);
+}
+
 template <Mode M, class A>
-inline Vec<A> activate(Vec<A> z, const Slope<A>& slope) {
-  if constexpr (M == kRectified || M == kMasked) return rectified(z, slope(z));
-  if constexpr (M == kWithSilu) return silu<VecMath>(z);
-  if constexpr (M == kWithGelu) return gelu<VecMath>(z);
+inline Vec<A> activate(Vec<A> z, const Shape<A>& shape) {
+  if constexpr (M == kRectified || M == kMasked) return rectified(z, shape.low(z));
+  if constexpr (M == kSmooth) return smooth<A>(z, shape.gelu);
   return z;
 }
 
 template <Mode M, class A>
-inline Vec<A> activate_backward(Vec<A> g, Vec<A> z, const Slope<A>& slope) {
-  if constexpr (M == kRectified) return rectified_gradient(g, z, slope(g));
-  if constexpr (M == kWithSilu) return silu_gradient<VecMath>(g, z);
-  if constexpr (M == kWithGelu) return gelu_gradient<VecMath>(g, z);
+inline Vec<A> activate_backward(Vec<A> g, Vec<A> z, const Shape<A>& shape) {
+  if constexpr (M == kRectified) return rectified_gradient(g, z, shape.low(g));
+  if constexpr (M == kSmooth) return smooth_gradient<A>(g, z, shape.gelu);
   return g;
 }
 
@@ -289,7 +298,6 @@ struct Run {
   const T *x, *residual, *dy;
   T *y, *dx, *dresidual;
   uint8_t* bits;
-  const T *next_x, *next_dy;  // what is read after this run: asked for while this one is written
 };
 
 // f(j, lanes) over a run. What is written past the caches begins with whole registers at `p`'s next boundary.
@@ -314,45 +322,45 @@ inline __attribute__((always_inline)) void put(T* p, Vec<Acc<T>> v, L lanes, boo
   past_caches ? stream(p, v, lanes) : store(p, v, lanes);
 }
 
-template <Mode M, bool Add, class T, class L, class C, class A = Acc<T>>
+template <Mode M, class T, class L, class C, class A = Acc<T>>
 inline __attribute__((always_inline)) void forward_step(const Run<T>& run, int64_t j, L lanes, const C& c,
-                                                        const Slope<A>& slope, bool past_caches) {
+                                                        const Shape<A>& shape, bool past_caches) {
   const ChannelForward<Vec<A>> normalize{c[kMean], c[kScale], c[kShift]};
   auto z = normalize(load(run.x + j, lanes));
-  if constexpr (Add) z += load(run.residual + j, lanes);
+  if (run.residual) z += load(run.residual + j, lanes);
   if constexpr (M == kMasked) store_bits<A>(run.bits, j, to_bits<A>(~(z <= Vec<A>{})), lanes);
-  put(run.y + j, activate<M, A>(z, slope), lanes, past_caches);
+  put(run.y + j, activate<M, A>(z, shape), lanes, past_caches);
 }
 
 // g = dy activation'(z); lanes beyond the tail are 0 in every mode, for dy is.
-template <Mode M, bool Add, class T, class L, class C, class A = Acc<T>>
+template <Mode M, class T, class L, class C, class A = Acc<T>>
 inline __attribute__((always_inline)) Vec<A> gradient(const Run<T>& run, int64_t j, L lanes, Vec<A> x, const C& c,
-                                                      const Slope<A>& slope) {
+                                                      const Shape<A>& shape) {
   const auto g = load(run.dy + j, lanes);
   if constexpr (M == kPlain) return g;
-  if constexpr (M == kMasked) return load_bits<A>(run.bits, j, lanes) ? g : slope(g);
+  if constexpr (M == kMasked) return load_bits<A>(run.bits, j, lanes) ? g : shape.low(g);
   const ChannelForward<Vec<A>> normalize{c[kMean], c[kScale], c[kShift]};
   auto z = normalize(x);
-  if constexpr (Add) z += load(run.residual + j, lanes);
-  return keep<A>(activate_backward<M, A>(g, z, slope), lanes);
+  if (run.residual) z += load(run.residual + j, lanes);
+  return keep<A>(activate_backward<M, A>(g, z, shape), lanes);
 }
 
 // Adds g and g x^ to sums.
-template <Mode M, bool Add, class T, class L, class C, class A = Acc<T>>
+template <Mode M, class T, class L, class C, class A = Acc<T>>
 inline __attribute__((always_inline)) void sum_step(const Run<T>& run, int64_t j, L lanes, const C& c,
-                                                    const Slope<A>& slope, Vec<A>* sums) {
+                                                    const Shape<A>& shape, Vec<A>* sums) {
   const auto x = load(run.x + j, lanes);
-  const auto g = gradient<M, Add>(run, j, lanes, x, c, slope);
+  const auto g = gradient<M>(run, j, lanes, x, c, shape);
   sums[0] += g;
   sums[1] += g * ((x - c[kMean]) * c[kRstd] + c[kDrift]);
 }
 
-template <Mode M, bool Add, class T, class L, class C, class A = Acc<T>>
+template <Mode M, class T, class L, class C, class A = Acc<T>>
 inline __attribute__((always_inline)) void backward_step(const Run<T>& run, int64_t j, L lanes, const C& c,
-                                                         const Slope<A>& slope, bool training, bool past_caches) {
-  const bool read = M == kRectified || M == kWithSilu || M == kWithGelu || (training && run.dx);
+                                                         const Shape<A>& shape, bool training, bool past_caches) {
+  const bool read = M == kRectified || M == kSmooth || (training && run.dx);
   const auto x = read ? load(run.x + j, lanes) : Vec<A>{};
-  const auto g = gradient<M, Add>(run, j, lanes, x, c, slope);
+  const auto g = gradient<M>(run, j, lanes, x, c, shape);
   if (run.dresidual) put(run.dresidual + j, g, lanes, past_caches);
   if (!run.dx) return;
   if (training) {
@@ -363,27 +371,18 @@ inline __attribute__((always_inline)) void backward_step(const Run<T>& run, int6
   }
 }
 
-// run.operator()<M, Add>() for what a call asks for. A backward looks at what was added only where it makes z again.
-template <bool Backward, class F>
-void with_mode(Mode mode, bool add, const F& run) {
-  auto added = [&]<Mode M>() {
-    if constexpr (Backward && (M == kPlain || M == kMasked)) {
-      run.template operator()<M, false>();
-    } else {
-      add ? run.template operator()<M, true>() : run.template operator()<M, false>();
-    }
-  };
+// run.operator()<M>() for what a call asks for.
+template <class F>
+void with_mode(Mode mode, const F& run) {
   switch (mode) {
     case kPlain:
-      return added.template operator()<kPlain>();
+      return run.template operator()<kPlain>();
     case kRectified:
-      return added.template operator()<kRectified>();
+      return run.template operator()<kRectified>();
     case kMasked:
-      return added.template operator()<kMasked>();
-    case kWithSilu:
-      return added.template operator()<kWithSilu>();
-    case kWithGelu:
-      return added.template operator()<kWithGelu>();
+      return run.template operator()<kMasked>();
+    case kSmooth:
+      return run.template operator()<kSmooth>();
   }
 }
 

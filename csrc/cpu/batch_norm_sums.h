@@ -16,20 +16,35 @@ using Wide = std::conditional_t<std::is_same_v<A, float>, double, long double>;
 
 // ---- statistics of a plane chunk ------------------------------------------------------------------------------------
 
-template <class T, class A = Acc<T>>
-inline std::pair<A, A> moments(const T* x, int64_t outer, int64_t runs, int64_t length, A shift, A scale) {
+// What may be done for every register of a chunk while it is summed.
+struct Nothing {
+  template <class L>
+  void operator()(int64_t, int64_t, L) const {}
+};
+
+template <class T, class F, class A = Acc<T>>
+inline __attribute__((always_inline)) std::pair<A, A> moments(const T* x, int64_t outer, int64_t runs, int64_t length,
+                                                              A shift, A scale, const F& beside) {
   A sums[2];
   reduce_runs<A>(runs, length, sums, [&](int64_t run, int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
     const auto d = keep<A>(load(x + run * outer + j, lanes) - shift, lanes) * scale;
     s[0] += d;
     s[1] += d * d;
+    beside(run, j, lanes);
   });
   return {sums[0], sums[1]};
 }
 
-// One pass, shifted by the mean of the first elements; again where that was a poor shift, or where squares overflow.
 template <class T, class A = Acc<T>>
-inline ShiftedSums<A> measure(const T* x, int64_t outer, int64_t runs, int64_t length) {
+__attribute__((noinline)) std::pair<A, A> moments_again(const T* x, int64_t outer, int64_t runs, int64_t length,
+                                                        A shift, A scale) {
+  return moments(x, outer, runs, length, shift, scale, Nothing());
+}
+
+// One pass, shifted by the mean of the first elements; again where that was a poor shift, or where squares overflow.
+template <class T, class F, class A = Acc<T>>
+inline __attribute__((always_inline)) ShiftedSums<A> measure(const T* x, int64_t outer, int64_t runs, int64_t length,
+                                                             const F& beside) {
   const A count = static_cast<A>(runs * length);
   ShiftedSums<A> s{0, 0, 0, 1};
   const int lanes = static_cast<int>(std::min<int64_t>(length, kLanes<A>));
@@ -37,14 +52,14 @@ inline ShiftedSums<A> measure(const T* x, int64_t outer, int64_t runs, int64_t l
   s.shift = sum_lanes<A>(near) / static_cast<A>(lanes);
   const auto off = keep<A>(near - s.shift, Tail{lanes});
   s.shift = coarse(s.shift, sum_lanes<A>(off < Vec<A>{} ? -off : off), kDigits<A>);
-  std::tie(s.d, s.d2) = moments(x, outer, runs, length, s.shift, A(1));
+  std::tie(s.d, s.d2) = moments(x, outer, runs, length, s.shift, A(1), beside);
   if (!(s.d2 <= std::numeric_limits<A>::max())) {
     s.unscale = 1 / kOverflowScale<A>;
-    std::tie(s.d, s.d2) = moments(x, outer, runs, length, s.shift, kOverflowScale<A>);
+    std::tie(s.d, s.d2) = moments_again(x, outer, runs, length, s.shift, kOverflowScale<A>);
   }
   if (poorly_shifted(s.d, s.d2, count)) {
     s.shift += s.d / count * s.unscale;
-    std::tie(s.d, s.d2) = moments(x, outer, runs, length, s.shift, 1 / s.unscale);
+    std::tie(s.d, s.d2) = moments_again(x, outer, runs, length, s.shift, 1 / s.unscale);
   }
   return s;
 }
@@ -238,24 +253,27 @@ inline void merge_columns(const RowCut& cut, const Channels& s, A* parts, const 
 
 // ---- sums of the backward -------------------------------------------------------------------------------------------
 
-template <Mode M, bool Add, class T, class C, class A = Acc<T>>
-inline std::array<A, 2> gradient_sums(const Run<T>& first, const int64_t outer[3], int64_t bits_stride, int64_t runs,
-                                      int64_t length, const C& c, const Slope<A>& slope) {
+template <Mode M, class T, class C, class F, class A = Acc<T>>
+inline __attribute__((always_inline)) std::array<A, 2> gradient_sums(const Run<T> first,
+                                                                     const std::array<int64_t, 4> outer, int64_t runs,
+                                                                     int64_t length, const C& c, const Shape<A>& shape,
+                                                                     const F& beside) {
   A sums[2];
   reduce_runs<A>(runs, length, sums, [&](int64_t r, int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
     Run<T> run = first;
     run.x += r * outer[0], run.dy += r * outer[1];
-    if (Add) run.residual += r * outer[2];
-    if (M == kMasked) run.bits += r * bits_stride;
-    sum_step<M, Add>(run, j, lanes, c, slope, s);
+    if (run.residual) run.residual += r * outer[2];
+    if (M == kMasked) run.bits += r * outer[3];
+    sum_step<M>(run, j, lanes, c, shape, s);
+    beside(r, j, lanes);
   });
   return {sums[0], sums[1]};
 }
 
 // The same per column of a chunk of rows; run_at(row) is where a row begins.
-template <Mode M, bool Add, class T, class V, class At, class A = Acc<T>>
+template <Mode M, class T, class V, class At, class A = Acc<T>>
 inline void column_gradient_sums(const RowCut& cut, int64_t chunk, const At& run_at, const V& values,
-                                 const Slope<A>& slope, A* sum_g, A* sum_gx) {
+                                 const Shape<A>& shape, A* sum_g, A* sum_gx) {
   std::fill_n(sum_g, cut.width, A(0));
   std::fill_n(sum_gx, cut.width, A(0));
   over_rows<false>(cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t rows, int64_t columns) {
@@ -273,7 +291,7 @@ inline void column_gradient_sums(const RowCut& cut, int64_t chunk, const At& run
         for (const int64_t end = std::min(rows, r + RowCut::kTogether); r < end; ++r) {
           const Run<T> run = run_at(row + r);
 #pragma GCC unroll 4
-          for (int k = 0; k < K; ++k) sum_step<M, Add>(run, j + k * L, lanes, c[k], slope, sum[k]);
+          for (int k = 0; k < K; ++k) sum_step<M>(run, j + k * L, lanes, c[k], shape, sum[k]);
         }
 #pragma GCC unroll 4
         for (int k = 0; k < K; ++k) sums[k][0] += sum[k][0], sums[k][1] += sum[k][1];
