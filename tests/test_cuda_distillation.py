@@ -32,10 +32,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def library() -> Iterator[cuda_on_host.Library]:
-    library = cuda_on_host.library()
-    with library.as_backend():
-        yield library
+def kernels() -> Iterator[cuda_on_host.Kernels]:
+    kernels = cuda_on_host.load()
+    with kernels.as_backend():
+        yield kernels
 
 
 def run(
@@ -57,13 +57,13 @@ def run(
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_against_the_reference(library: cuda_on_host.Library, regime: str, options: str) -> None:
+def test_against_the_reference(kernels: cuda_on_host.Kernels, regime: str, options: str) -> None:
     """In any order of threads, with the same bits."""
     size, device = REGIMES[regime]
     reduction = "none" if options == "T=2" else "mean"
     found = []
     for order in (0, 1, 2):
-        with library.device(**{**device, "order": order}):
+        with kernels.device(**{**device, "order": order}):
             found.append(run("cuda_on_host", size, options, reduction, torch.float32))
     reference, truth = (run("reference", size, options, reduction, d) for d in (torch.float32, torch.float64))
     for i, (ours, theirs, true) in enumerate(zip(found[0], reference, truth, strict=True)):
@@ -74,21 +74,21 @@ def test_against_the_reference(library: cuda_on_host.Library, regime: str, optio
 
 @pytest.mark.parametrize("wide", [False, True], ids=["bf16 teacher", "fp32 teacher"])
 @pytest.mark.parametrize("regime", ["a warp", "several blocks", "strided"])
-def test_16_bits(library: cuda_on_host.Library, regime: str, wide: bool) -> None:
+def test_16_bits(kernels: cuda_on_host.Kernels, regime: str, wide: bool) -> None:
     size, device = REGIMES[regime]
-    with library.device(**device):
+    with kernels.device(**device):
         ours = run("cuda_on_host", size, "T=2", "mean", torch.bfloat16, wide)
     for a, b in zip(ours, run("reference", size, "T=2", "mean", torch.bfloat16, wide), strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("classes", [30, 4099])
-def test_bad_rows(library: cuda_on_host.Library, classes: int) -> None:
+def test_bad_rows(kernels: cuda_on_host.Kernels, classes: int) -> None:
     """NaN are models without a finite logit and labels that are no class, infinite a divergence, and no other rows."""
     student, teacher = torch.randn(5, classes), torch.randn(5, classes)
     student[1], teacher[2], student[4, -1] = -inf, -inf, -inf
     y = torch.tensor([3, -100, 4, classes, 5])
-    with library.device(**SMALL), fusedtricks.backend("cuda_on_host"):
+    with kernels.device(**SMALL), fusedtricks.backend("cuda_on_host"):
         student.requires_grad_()
         loss = distillation_loss(student, teacher, y, reduction="none", label_smoothing=0.0)
         (made,) = torch.autograd.grad(loss, student, torch.ones(5))
@@ -98,19 +98,19 @@ def test_bad_rows(library: cuda_on_host.Library, classes: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [7, 4099])
-def test_rows_of_minus_infinity_in_every_block(library: cuda_on_host.Library, classes: int) -> None:
+def test_rows_of_minus_infinity_in_every_block(kernels: cuda_on_host.Kernels, classes: int) -> None:
     for finite in (0, 1, -1):
         student, teacher = (torch.full((1, classes), -inf) for _ in range(2))
         student[0, finite], teacher[0, finite] = 3.0, -2.0
         y = torch.tensor([finite % classes])
-        with library.device(**SMALL), fusedtricks.backend("cuda_on_host"):
+        with kernels.device(**SMALL), fusedtricks.backend("cuda_on_host"):
             loss = distillation_loss(student.requires_grad_(), teacher, y, 2.0)
             (made,) = torch.autograd.grad(loss, student)
         assert loss == 0
         assert (made == 0).all()
 
 
-def test_no_rows_and_no_order_of_memory(library: cuda_on_host.Library) -> None:
+def test_no_rows_and_no_order_of_memory(kernels: cuda_on_host.Kernels) -> None:
     """Nothing to do, and rows that take more than two levels of strides: these go through copies."""
     none = torch.empty(0, 3)
     with fusedtricks.backend("cuda_on_host"):
@@ -147,7 +147,7 @@ BUGS = {
 def test_caught(name: str) -> None:
     file, old, new, regime = BUGS[name]
     size, device = REGIMES[regime]
-    bad = cuda_on_host.Library(build.build({file: (old, new)}, stems=("distillation",)))
+    bad = cuda_on_host.Kernels(build.build({file: (old, new)}, stems=("distillation",)))
     with bad.as_backend(), bad.device(**device):
         found = run("cuda_on_host", size, "T=2", "none", torch.float32)
     truth = run("reference", size, "T=2", "none", torch.float64)
