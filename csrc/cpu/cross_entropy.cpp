@@ -24,16 +24,13 @@ struct Pass {
 };
 
 constexpr int64_t kFewClasses = 24;
-// Results beyond this are streamed past the caches. Rows that are not aligned to what one store writes must be longer,
-// lest heads and tails be too many.
-constexpr int64_t kCacheBytes = 32 << 20, kFewestStreamed = 256;
 
 template <class T, class P, bool Plain, bool Probabilities, class A = Acc<T>>
 void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& targets, const Pass<T>& pass) {
   const T* x0 = static_cast<const T*>(l.x.const_data_ptr());
   const P* t0 = Probabilities ? static_cast<const P*>(l.t.const_data_ptr()) : nullptr;
   const int64_t R = l.rows.count, C = l.classes;
-  const bool far = R * C * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
+  const bool far = goes_far(R * C * static_cast<int64_t>(sizeof(T)));
   parallel(R, C, [&](int64_t begin, int64_t end) {
     // Exponentials of a row; in the result itself where that has their type and stays in the caches.
     const bool in_result = std::is_same_v<T, A> && !far;
@@ -108,8 +105,7 @@ void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& 
         std::memset(dx, 0, static_cast<size_t>(C) * sizeof(T));
         continue;
       }
-      const bool aligned = reinterpret_cast<uintptr_t>(dx) % (kLanes<A> * sizeof(T)) == 0;
-      const bool past_caches = far && dx != x && (aligned || C >= kFewestStreamed);
+      const bool past_caches = far && dx != x && (C >= kFewestStreamed || unaligned_head(dx) == 0);
       auto store_gradient = [&]<bool Stream>(const auto& e) {
         RowGradient<Probabilities, T, P, Plain> gradient{loss};
         gradient.template open<Stream>(x, t, dx, target, slope, unit, e);

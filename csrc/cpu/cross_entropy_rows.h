@@ -51,6 +51,10 @@ struct Loss {
   Vec<A> q(Vec<A> t, Vec<A> w) const { return soft_coefficient(t, w, o); }
 };
 
+// Gradients of so many bytes are streamed past the caches. Smaller ones, though worth_streaming, serve as memory for
+// the exponentials of their rows.
+inline bool goes_far(int64_t bytes) { return bytes > int64_t{32} << 20; }
+
 // ---- one row --------------------------------------------------------------------------------------------------------
 
 // max z of a row; NaN is passed over, and shows in the sum.
@@ -121,8 +125,7 @@ struct RowGradient {
     at_a = Probabilities ? A(0) : at(target.a), at_b = Probabilities ? A(0) : at(target.b);
     head = 0;
     if constexpr (Stream) {
-      constexpr int64_t kWidth = kLanes<A> * sizeof(T);
-      head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(dx) % kWidth / sizeof(T));
+      head = unaligned_head(dx);
       if (head > 0) put<Stream>(0, Tail{static_cast<int>(head)}, e);
     }
   }

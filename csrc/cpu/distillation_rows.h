@@ -40,13 +40,6 @@ Vec<A> weights(const A* weight, int64_t j, auto lanes) {
   return weight ? load(weight + j, lanes) : broadcast(A(1));
 }
 
-// How many elements come before the first that a streamed store may begin with.
-template <class T, class A = Acc<T>>
-int64_t unaligned_head(const T* to) {
-  constexpr uintptr_t kWidth = kLanes<A> * sizeof(T);
-  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % kWidth / sizeof(T));
-}
-
 // Both: the student's exponentials at the temperature and at 1 are not the same.
 template <bool Both, class T, class P, class A = Acc<T>>
 void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
@@ -58,10 +51,7 @@ void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
   const A* weight = pass.t ? pass.t->weight : nullptr;
   const A over = pass.over;
   const bool smooth = pass.t && pass.t->o.off != A(0);  // else no class but the labels has a share of its own
-  // Results beyond this are streamed past the caches; rows that begin in the midst of a store must be longer, lest
-  // heads and tails be too many.
-  constexpr int64_t kCacheBytes = 32 << 20, kFewestStreamed = 256;
-  const bool far = R * C * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
+  const bool far = goes_far(R * C * static_cast<int64_t>(sizeof(T)));
   parallel(R, 2 * C, [&](int64_t begin, int64_t end) {
     const bool keeps = pass.forward && pass.dx;
     const std::unique_ptr<A[]> scratch(keeps ? new A[static_cast<size_t>(C * (Both ? 3 : 2))] : nullptr);

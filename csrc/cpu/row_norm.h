@@ -90,9 +90,6 @@ struct Storing {
     stream = columns >= kFewestStreamed;
     if (stream) together = 1;
   }
-
-  // Of rows not aligned: in shorter ones heads and tails are too many.
-  static constexpr int64_t kFewestStreamed = 256;
 };
 
 // sweep over the columns of a block of `Count` rows whose results begin at `p`. What is streamed is stored from where
@@ -101,8 +98,7 @@ template <bool Stream, int Count, class T, class F, class A = Acc<T>>
 inline __attribute__((always_inline)) void sweep_block(const T* p, int64_t columns, F&& f) {
   int64_t head = 0;
   if constexpr (Stream && Count == 1) {
-    constexpr int64_t kWidth = kLanes<A> * sizeof(T);
-    head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kWidth / sizeof(T));
+    head = unaligned_head(p);
     if (head > 0) f(0, Tail{static_cast<int>(head)}, 0);
   }
   sweep<A, Count == 1 ? 4 : 1>(head, columns, std::forward<F>(f));

@@ -270,6 +270,16 @@ inline void streamed() {
 // So many bytes, read and written, are in no cache when they are next needed.
 inline bool worth_streaming(int64_t bytes) { return bytes > int64_t{16} << 20; }
 
+// How many elements come before the first that a streamed store may begin with.
+template <class T>
+inline int64_t unaligned_head(const T* p) {
+  constexpr uintptr_t kWidth = kLanes<Acc<T>> * sizeof(T);
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kWidth / sizeof(T));
+}
+
+// Rows that have such heads are streamed from this length on: in shorter ones heads and tails are too many.
+inline constexpr int64_t kFewestStreamed = 256;
+
 // ---- loops ----------------------------------------------------------------------------------------------------------
 
 // f(j, lanes, k) over columns j = begin .. end in steps of one register. k in 0..Unroll-1 names one of several

@@ -122,8 +122,8 @@ CASE = Case(
     adversaries={
         **{f"shift {s:.0e}": shifted(s) for s in (60.0, -1e4)},
         # Every addition to the part of a sum that holds the 1 rounds by up to eps / 2. KL is alpha T^2 times the log of
-        # the ratio of two such sums, CE 1 - alpha times that of one: 4 eps is 8 such roundings. A bound for certain is
-        # a multiple of it (13 additions to each sum on the CPU); in 1500 draws the CPU is off by up to 7.2 eps.
+        # the ratio of two such sums, CE 1 - alpha times that of one: 4 eps is 8 such roundings. What is certain is a
+        # multiple of it, for sums of about a dozen additions; in 1500 draws the CPU was off by up to 7.2 eps in all.
         "confident": Adversary(((6, 257), "hard"), confident, noise=4 * 2.5 * torch.finfo(torch.float32).eps),
         **{f"-inf but for block {k}": masked(k) for k in (0, 2)},
     },
