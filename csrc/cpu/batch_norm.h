@@ -242,51 +242,41 @@ inline __attribute__((always_inline)) Constants<N, A> of_columns(const V& values
 
 // What follows normalization; the mask stands for the sign of z in a backward. Kernels are compiled for each of these
 // only, for that is what costs time to compile; what else differs is looked up for every register, which costs little.
-enum Mode { kPlain, kRectified, kMasked, kSmooth };
+enum Mode { kPlain, kRectified, kMasked, kWithSilu, kWithGelu };
 
 // Is a register of elements work for many instructions?
-inline constexpr bool much(Mode m) { return m == kSmooth; }
+inline constexpr bool much(Mode m) { return m == kWithSilu || m == kWithGelu; }
 
 inline Mode mode_of(int64_t activation, bool masked) {
   if (masked) return kMasked;
   if (activation == kIdentity) return kPlain;
-  return activation == kSilu || activation == kGelu ? kSmooth : kRectified;
+  return activation == kSilu ? kWithSilu : activation == kGelu ? kWithGelu : kRectified;
 }
 
-// The activation where there is one. Smooth ones are called, not inlined.
 template <class A>
 struct Shape {
   Vec<A> slope;
   Lanes<A> keep;  // relu: what is below becomes 0, whatever it was
-  bool gelu;      // else silu, of the smooth ones
 
   Shape(int64_t activation, double slope)
       : slope(broadcast(static_cast<A>(activation == kLeakyRelu ? slope : 0.0))),
-        keep(Lanes<A>{} - (activation == kLeakyRelu)),
-        gelu(activation == kGelu) {}
+        keep(Lanes<A>{} - (activation == kLeakyRelu)) {}
   Vec<A> low(Vec<A> v) const { return (Vec<A>)((Lanes<A>)(v * slope) & keep); }
 };
-
-template <class A>
-__attribute__((noinline)) Vec<A> smooth(Vec<A> z, bool with_gelu) {
-  return with_gelu ? gelu<VecMath>(z) : silu<VecMath>(z);
-}
-template <class A>
-__attribute__((noinline)) Vec<A> smooth_gradient(Vec<A> g, Vec<A> z, bool with_gelu) {
-  return with_gelu ? gelu_gradient<VecMath>(g, z) : silu_gradient<VecMath>(g, z);
-}
 
 template <Mode M, class A>
 inline Vec<A> activate(Vec<A> z, const Shape<A>& shape) {
   if constexpr (M == kRectified || M == kMasked) return rectified(z, shape.low(z));
-  if constexpr (M == kSmooth) return smooth<A>(z, shape.gelu);
+  if constexpr (M == kWithSilu) return silu<VecMath>(z);
+  if constexpr (M == kWithGelu) return gelu<VecMath>(z);
   return z;
 }
 
 template <Mode M, class A>
 inline Vec<A> activate_backward(Vec<A> g, Vec<A> z, const Shape<A>& shape) {
   if constexpr (M == kRectified) return rectified_gradient(g, z, shape.low(g));
-  if constexpr (M == kSmooth) return smooth_gradient<A>(g, z, shape.gelu);
+  if constexpr (M == kWithSilu) return silu_gradient<VecMath>(g, z);
+  if constexpr (M == kWithGelu) return gelu_gradient<VecMath>(g, z);
   return g;
 }
 
@@ -358,7 +348,7 @@ inline __attribute__((always_inline)) void sum_step(const Run<T>& run, int64_t j
 template <Mode M, class T, class L, class C, class A = Acc<T>>
 inline __attribute__((always_inline)) void backward_step(const Run<T>& run, int64_t j, L lanes, const C& c,
                                                          const Shape<A>& shape, bool training, bool past_caches) {
-  const bool read = M == kRectified || M == kSmooth || (training && run.dx);
+  const bool read = M == kRectified || much(M) || (training && run.dx);
   const auto x = read ? load(run.x + j, lanes) : Vec<A>{};
   const auto g = gradient<M>(run, j, lanes, x, c, shape);
   if (run.dresidual) put(run.dresidual + j, g, lanes, past_caches);
@@ -381,8 +371,10 @@ void with_mode(Mode mode, const F& run) {
       return run.template operator()<kRectified>();
     case kMasked:
       return run.template operator()<kMasked>();
-    case kSmooth:
-      return run.template operator()<kSmooth>();
+    case kWithSilu:
+      return run.template operator()<kWithSilu>();
+    case kWithGelu:
+      return run.template operator()<kWithGelu>();
   }
 }
 
