@@ -108,9 +108,9 @@ bool worth_fusing(const Planes::Chunk& written, const Planes::Chunk& read, bool 
   return written.length == read.length && written.length >= kLongRun && (whole || !streaming);
 }
 
-// Compiled for that? Where much is done with a register memory waits anyway, and fp64 is rare.
+// Compiled for that? Only where it was seen to gain, for each instance costs seconds to compile.
 template <Mode M, class T>
-inline constexpr bool fusible = !much(M) && !std::is_same_v<T, double>;
+inline constexpr bool fusible = !much(M) && std::is_same_v<T, float>;
 
 // ---- operands -------------------------------------------------------------------------------------------------------
 
