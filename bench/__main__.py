@@ -18,6 +18,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--quick", action="store_true", help="two sizes, a fifth of the time on each")
+    parser.add_argument("--seconds", type=float, help="spent on each contestant and row; default: 1, or 0.2 if quick")
     parser.add_argument("--json", type=Path, metavar="F", help="write every figure to this file")
     parser.add_argument("--plot", type=Path, metavar="F", help="draw the achieved bandwidths into this PNG")
     parser.add_argument("--record", action="store_true", help="write bench/results/<device>/<operation>.json")
@@ -70,6 +71,7 @@ def main() -> None:
     chosen = operations(args.operation)
     print(f"{report.device_name(device)}, torch {torch.__version__}, revision {report.revision()}\n")
 
+    seconds = args.seconds or (0.2 if args.quick else 1.0)
     rows, wrong = [], []
     if args.accuracy:
         dtypes = (torch.float32, torch.bfloat16)
@@ -89,7 +91,7 @@ def main() -> None:
                 mine = []
                 for dtype, size, mode in run.plan(operation, args.quick):
                     bar.update(bar.task_ids[0], description=f"{operation.stem} {mode} {report.size(size)}")
-                    mine.append(run.measure(operation, mode, size, dtype, device, budget=0.2 if args.quick else 1.0))
+                    mine.append(run.measure(operation, mode, size, dtype, device, seconds))
                     bar.advance(bar.task_ids[0])
                 report.show(operation.stem, *report.columns(mine))
                 rows += mine
