@@ -40,7 +40,16 @@ def ours(x: Tensor, lam: Tensor, perm: Tensor, mode: str = "", dtype: torch.dtyp
 
 
 class Mixing(Function):
-    """Weights and permutations are no floating inputs. Two more modes: in place, and images as they are stored."""
+    """Weights and permutations are no floating inputs."""
+
+    def tensors(self, mode: str, size: Size, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        x, *rest = self.inputs(size, dtype, device)
+        return (x.detach(), *rest) if mode == "forward" else (x, *rest, torch.randn_like(x))
+
+
+class Mixup(Mixing):
+    """Two more modes: in place, and images as they are stored."""
 
     modes = (*Function.modes, IN_PLACE, IMAGES)
 
@@ -50,13 +59,12 @@ class Mixing(Function):
         return super().bytes("forward" if mode == IN_PLACE else mode, size, dtype)
 
     def tensors(self, mode: str, size: Size, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-        torch.manual_seed(0)
-        x, *rest = self.inputs(size, dtype, device)
+        if mode not in (IN_PLACE, IMAGES):
+            return super().tensors(mode, size, dtype, device)
+        x, *rest = super().tensors("forward", size, dtype, device)
         if mode == IMAGES:
             x = torch.randint(256, size, dtype=torch.uint8, device=device)
-        if mode in (IN_PLACE, IMAGES):
-            return (x.detach(), *rest, mode, dtype)
-        return (x.detach(), *rest) if mode == "forward" else (x, *rest, torch.randn_like(x))
+        return x, *rest, mode, dtype
 
     def call(self, fn: Callable[..., Tensor], mode: str, tensors: tuple[Any, ...]) -> Call:
         return super().call(fn, "forward" if mode in (IN_PLACE, IMAGES) else mode, tensors)
@@ -68,7 +76,7 @@ class Mixing(Function):
         return mode != IMAGES or size[1:2] == (3,)
 
 
-OPERATION = Mixing(
+OPERATION = Mixup(
     stands_in_for="lam x + (1 - lam) x[perm]",
     ours=ours,
     torch=eager,

@@ -193,7 +193,7 @@ def plot(path: Path, rows: Sequence[Row], device: str) -> None:
     where = {"loc": "outside upper center", "ncols": len(handles)}
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, title=device, **where)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=72)
     plt.close(figure)
 
 
