@@ -265,23 +265,22 @@ def report() -> None:
 
 def _device_page(folder: str, files: dict[str, dict[str, Any]]) -> str:
     some = next(iter(files.values()))
-    parts, every = [f"## {some['device']}"], []
+    parts = [f"## {some['device']}"]
     for name, content in files.items():
         env = content["environment"]
         if content["rows"]:
             rows = [Row.from_json(r) for r in content["rows"]]
             system = content.get("heap") == SYSTEM_HEAP
-            every += [] if system else rows
             title = "throughput with the system's heap, page faults included" if system else "throughput"
             parts.append(f"### {rows[0].operation}: {title}\n\n{markdown(*columns(rows))}")
+            if not system:
+                picture = ROOT / "docs" / "benchmarks" / folder / f"{rows[0].operation}.png"
+                plot(picture, rows, some["device"])
+                parts.append(f"![achieved bandwidth]({picture.relative_to(ROOT / 'docs')})")
         if content["accuracy"]:
             errors = [Error(**r) for r in content["accuracy"]]
             title = f"### {errors[0].operation}: {measure(errors[0].operation)}"
             parts.append(f"{title}\n\n{markdown(*accuracy_columns(errors))}")
         source = f"[{name}](../bench/results/{folder}/{name})"
         parts.append(f"{source}: revision {content['revision']}, torch {env['torch']}, triton {env['triton']}.")
-    if every:
-        picture = ROOT / "docs" / f"benchmarks-{folder}.png"
-        plot(picture, every, some["device"])
-        parts.insert(1, f"![achieved bandwidth]({picture.name})")
     return "\n\n".join(parts)
