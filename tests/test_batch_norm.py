@@ -171,17 +171,21 @@ LARGE = {
     "planes": ((1, 3, 840, 840), "identity", torch.float32, True),
     "planes, with a mask": ((1, 3, 840, 840), "relu", torch.float32, True),
     "planes off the boundary": ((53, 2, 141, 141), "identity", torch.float32, True),
-    "planes of 16 bits": ((55, 8, 80, 81), "identity", torch.bfloat16, True),
+    "planes of 16 bits": ((81, 8, 80, 81), "identity", torch.bfloat16, True),
     "rows, the last one shorter": ((1, 3, 1, 841, 840), "identity", torch.float32, True),
     "rows, with a mask": ((1, 3, 1, 841, 840), "relu", torch.float32, True),
-    "rows of 16 bits": ((1, 3, 1, 1023, 1025), "identity", torch.bfloat16, True),
+    "rows of 16 bits": ((1, 3, 1, 1183, 1185), "identity", torch.bfloat16, True),
     "wide rows": ((4100, 528), "identity", torch.float32, True),
-    # Long planes of many channels: one is written while the next is read. Their chunks are of 5 and of 2 runs.
-    "channels in turn": ((7, 9, 52, 60), "identity", torch.float32, False),
-    "channels in turn, rectified": ((7, 9, 52, 60), "leaky_relu", torch.float32, False),
-    "channels in turn, with a mask": ((7, 9, 52, 60), "relu", torch.float32, True),
-    "channels in turn, whose planes end anywhere": ((7, 9, 53, 61), "relu", torch.float32, True),
-    "channels in turn, past the caches": ((51, 9, 52, 60), "relu", torch.float32, True),
+    # Several groups of channels, whose chunks are of 5 and of 2 runs.
+    "groups of channels": ((7, 17, 52, 60), "identity", torch.float32, False),
+    "groups of channels, rectified": ((7, 17, 52, 60), "leaky_relu", torch.float32, False),
+    "groups of channels, with a mask": ((7, 17, 52, 60), "relu", torch.float32, True),
+    "groups of channels, whose planes end anywhere": ((7, 17, 53, 61), "relu", torch.float32, True),
+    "groups of channels, past the caches": ((75, 9, 52, 60), "relu", torch.float32, True),
+    "short planes": ((1340, 32, 7, 7), "identity", torch.float32, True),
+    "short planes, rectified": ((1340, 32, 7, 7), "relu", torch.float32, False),
+    "short planes off the boundary": ((4300, 10, 7, 7), "identity", torch.float32, True),
+    "short planes of 16 bits": ((2680, 32, 7, 7), "identity", torch.bfloat16, False),
 }
 
 

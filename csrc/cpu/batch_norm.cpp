@@ -86,31 +86,19 @@ class Arrays {
   MaybeTensor owner_;
 };
 
-// Past the caches? Only whole registers on a boundary can be. Where runs begin off it, their edges cannot, and runs
-// must be long; bits of a mask come in whole registers from the beginning of a run.
+// Past the caches? Only whole registers on a boundary can be. Where runs begin off it, their `edges` must be allowed,
+// which are not streamed, and runs must be long. As much as is written is what is read meanwhile.
 template <class T>
-bool past_caches(const Channels& s, int64_t length, int64_t tensors, bool masked, std::initializer_list<T*> written) {
+bool past_caches(const Channels& s, int64_t length, bool edges, std::initializer_list<T*> written) {
   constexpr int64_t kRegister = kLanes<Acc<T>> * sizeof(T);
   uintptr_t off = 0;
-  for (const T* p : written) off |= reinterpret_cast<uintptr_t>(p) % kRegister;
+  int64_t tensors = 0;
+  for (const T* p : written) off |= reinterpret_cast<uintptr_t>(p) % kRegister, tensors += p != nullptr;
   if (off != 0) return false;
   const bool aligned = length * int64_t{sizeof(T)} % kRegister == 0;
-  const bool enough = aligned || (!masked && !s.rows() && length * int64_t{sizeof(T)} >= 8 * kRegister);
-  return enough && worth_streaming(tensors * s.numel() * int64_t{sizeof(T)});
+  const bool enough = aligned || (edges && length * int64_t{sizeof(T)} >= 8 * kRegister);
+  return enough && worth_streaming(2 * tensors * s.numel() * int64_t{sizeof(T)});
 }
-
-// Is one chunk written while another is read, a register of each in turn? Not where runs are short and hop through
-// memory, nor where a run that goes past the caches does not end with a register.
-template <class T>
-bool worth_fusing(const Planes::Chunk& written, const Planes::Chunk& read, bool streaming) {
-  constexpr int64_t kLongRun = 1024;
-  const bool whole = written.length % kLanes<Acc<T>> == 0;
-  return written.length == read.length && written.length >= kLongRun && (whole || !streaming);
-}
-
-// Compiled for that? Only where it was seen to gain, for each instance costs seconds to compile.
-template <Mode M, class T>
-inline constexpr bool fusible = !much(M) && std::is_same_v<T, float>;
 
 // ---- operands -------------------------------------------------------------------------------------------------------
 
@@ -119,6 +107,14 @@ struct Pointer {
   T* data = nullptr;
   int64_t outer = 0, channel = 0;
 };
+
+// May short planes be read as columns? Where a sample's are neighbours in memory. Planes of a mask begin at whole
+// bytes.
+template <class T>
+bool as_columns(const Channels& s, Mode mode, std::initializer_list<Pointer<T>> read) {
+  auto neighbours = [&](const Pointer<T>& p) { return !p.data || p.channel == s.inner; };
+  return s.inner < Groups::kShort && mode != kMasked && std::all_of(read.begin(), read.end(), neighbours);
+}
 
 // Every tensor of a call, walkable. In rows `outer` is the distance of two rows.
 struct Operands {
@@ -156,26 +152,75 @@ struct Operands {
 // forwards, as prefetchers expect.
 constexpr int64_t kChunksBack = 16;
 
+// f(row)(j, lanes, constants) for `columns` columns of `rows` rows from `first` on.
+template <int N, bool Much, class A, class V, class F>
+inline __attribute__((always_inline)) void walk_columns(int64_t first, int64_t rows, int64_t columns, const V& values,
+                                                        const F& f) {
+  over_strips<A, Much>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
+    constexpr int L = kLanes<A>;
+    Constants<N, A> k[K];
+#pragma GCC unroll 4
+    for (int n = 0; n < K; ++n) k[n] = of_columns<N, A>(values, j + n * L, lanes);
+    for (int64_t r = first; r < first + rows; ++r) {
+      const auto element = f(r);
+#pragma GCC unroll 4
+      for (int n = 0; n < K; ++n) element(j + n * L, lanes, k[n]);
+    }
+  });
+}
+
+// The same for a chunk of short planes, channels first .. end - 1.
+template <int N, bool Much, class A, class V, class F>
+inline __attribute__((always_inline)) void walk_short_runs(const Planes::Chunk& at, const Channels& s, const V& values,
+                                                           int64_t first, int64_t end, const F& f) {
+  Columns<N, A> of;
+  of.fill(values, first, end - first, s.inner);
+  for (int64_t r = at.run; r < at.run + at.runs; r += RowCut::kStreams) {
+    walk_columns<N, Much, A>(r, std::min(RowCut::kStreams, at.run + at.runs - r), (end - first) * s.inner, of, f);
+  }
+}
+
 // f(row)(j, lanes, constants) for all elements of all rows.
 template <class A, int N, bool Much, class F>
 void walk_back(const RowCut& cut, const Arrays<A>& values, bool streaming, const F& f) {
   parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
     for (int64_t i = end; i > begin; i -= kChunksBack) {
       over_rows<true>(cut, cut.begin(std::max(begin, i - kChunksBack)), cut.end(i - 1),
-                      [&](int64_t row, int64_t rows, int64_t columns) {
-                        over_strips<A, Much>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
-                          constexpr int L = kLanes<A>;
-                          Constants<N, A> k[K];
-#pragma GCC unroll 4
-                          for (int n = 0; n < K; ++n) k[n] = of_columns<N, A>(values, j + n * L, lanes);
-                          for (int64_t r = row; r < row + rows; ++r) {
-                            const auto element = f(r);
-#pragma GCC unroll 4
-                            for (int n = 0; n < K; ++n) element(j + n * L, lanes, k[n]);
-                          }
-                        });
+                      [&](int64_t row, int64_t, int64_t rows, int64_t columns) {
+                        walk_columns<N, Much, A>(row, rows, columns, values, f);
                       });
     }
+    if (streaming) streamed();
+  });
+}
+
+// The order of work on planes: of a group of channels sum(group, chunk) for each chunk, finish(group), and write(group,
+// chunk), the last chunk first, for what was read last is still in the caches. Where channels are too few to occupy the
+// threads, they share the chunks instead. A backward begins with the last group: of x, the forward read it last.
+template <bool Backward, class Sum, class Finish, class Write>
+void over_planes(const Planes& cut, const Groups& groups, int64_t samples, bool summed, bool written, bool streaming,
+                 const Sum& sum, const Finish& finish, const Write& write) {
+  if (summed && groups.occupy_threads) {
+    return parallel(groups.count, groups.size * samples, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t group = Backward ? begin + end - 1 - k : k;
+        for (int64_t i = 0; i < cut.chunks; ++i) sum(group, i);
+        finish(group);
+        for (int64_t i = cut.chunks; written && i-- > 0;) write(group, i);
+      }
+      if (streaming) streamed();
+    });
+  }
+  const int64_t count = cut.chunks * groups.count, cost = groups.size * samples / cut.chunks;
+  if (summed) {
+    parallel(count, cost, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) sum(k % groups.count, k / groups.count);
+    });
+  }
+  for (int64_t group = 0; group < groups.count; ++group) finish(group);
+  if (!written) return;
+  parallel(count, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t k = end; k-- > begin;) write(k % groups.count, k / groups.count);
     if (streaming) streamed();
   });
 }
@@ -205,19 +250,24 @@ struct Forward {
 
   void planes(const Tensor& where) {
     const Planes cut(s);
+    const Groups groups(s, sizeof(T) * (residual.data ? 2 : 1), as_columns(s, mode, {x, residual}));
     const Arrays<A> values(3, s.channels, where);
     const Arrays<A> parts(4, s.channels * cut.chunks, where);
     auto* sums = reinterpret_cast<ShiftedSums<A>*>(parts[0]);
-    const bool streaming = past_caches<T>(s, s.inner, residual.data ? 3 : 2, mode == kMasked, {y});
-    auto measure_chunk = [&](int64_t c, int64_t i, const auto& beside) __attribute__((always_inline)) {
+    const int64_t run = groups.as_columns ? s.channels * s.inner : s.inner;
+    const bool streaming = past_caches<T>(s, run, mode != kMasked && !groups.as_columns, {y});
+    auto measure_chunk = [&](int64_t group, int64_t i) {
       const auto at = cut.chunk(s, i);
-      sums[c * cut.chunks + i] =
-          measure(x.data + at.run * x.outer + c * x.channel + at.begin, x.outer, at.runs, at.length, beside);
+      const int64_t first = groups.begin(group);
+      measure(x.data + at.run * x.outer + first * x.channel + at.begin, x.channel, groups.end(group) - first, x.outer,
+              at.runs, at.length, groups.as_columns,
+              [&](int64_t c) -> ShiftedSums<A>& { return sums[(first + c) * cut.chunks + i]; });
     };
-    auto measure_alone = [&](int64_t c, int64_t i) __attribute__((noinline)) { measure_chunk(c, i, Nothing()); };
-    auto finish = [&](int64_t c) {
-      if (measured) merge_planes(cut, s, sums + c * cut.chunks, c, out);
-      derive(c, values[0], values[1], values[2]);
+    auto finish = [&](int64_t group) {
+      for (int64_t c = groups.begin(group); c < groups.end(group); ++c) {
+        if (measured) merge_planes(cut, s, sums + c * cut.chunks, c, out);
+        derive(c, values[0], values[1], values[2]);
+      }
     };
     const int64_t row_bytes = (s.inner + 7) / 8;
     auto run_at = [&](int64_t r, int64_t c, int64_t begin) {
@@ -228,92 +278,29 @@ struct Forward {
       if (bits) run.bits = bits + (r * s.channels + c) * row_bytes + begin / 8;
       return run;
     };
-    // Writes the runs of a chunk from `first` on. Those of channel `after`, which is next, are asked for, and so are
-    // its lines of y, which must be read to be written in part; c itself for nothing.
-    auto write_chunk = [&]<Mode M>(int64_t c, int64_t i, int64_t after, int64_t first) {
+    auto write_chunk = [&]<Mode M>(int64_t group, int64_t i) {
       const auto at = cut.chunk(s, i);
-      const auto k = of_channel<kShift + 1, A>(values, c);
-      for (int64_t r = at.run + first; r < at.run + at.runs; ++r) {
-        const auto run = run_at(r, c, at.begin), next = run_at(r, after, at.begin);
-        sweep_run<much(M) ? 1 : 4>(at.length, run.y, streaming,
-                                   [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-                                     ask_for(next.x + j);
-                                     if (!streaming) ask_for(next.y + j);
-                                     forward_step<M>(run, j, lanes, k, shape, streaming);
-                                   });
-      }
-    };
-    // Writes one chunk of c while another of `after` is measured, a register of each in turn, for memory reads and
-    // writes at the same time.
-    auto write_and_measure = [&]<Mode M>(int64_t c, int64_t i, int64_t after, int64_t then) {
-      const auto at = cut.chunk(s, i), beside = cut.chunk(s, then);
-      if (!fusible<M, T> || !worth_fusing<T>(at, beside, streaming)) {
-        write_chunk.template operator()<M>(c, i, after, 0);
-        return measure_alone(after, then);
-      }
-      if constexpr (fusible<M, T>) {
-        const Run<T> first = run_at(at.run, c, at.begin);
-        const int64_t x_outer = x.outer, y_outer = s.channels * s.inner, residual_outer = residual.outer,
-                      bits_outer = s.channels * row_bytes, runs = at.runs;
-        const Shape<A> now = shape;
-        const bool past = streaming;
-        const auto k = of_channel<kShift + 1, A>(values, c);
-        measure_chunk(after, then, [&](int64_t r, int64_t j, auto lanes) __attribute__((always_inline)) {
-          if (r >= runs) return;
-          Run<T> run = first;
-          run.x += r * x_outer, run.y += r * y_outer;
-          if (run.residual) run.residual += r * residual_outer;
-          if (M == kMasked) run.bits += r * bits_outer;
-          forward_step<M>(run, j, lanes, k, now, past);
+      const int64_t first = groups.begin(group), end = groups.end(group);
+      if (M != kMasked && groups.as_columns) {
+        return walk_short_runs<kShift + 1, much(M), A>(at, s, values, first, end, [&](int64_t r) {
+          return [&, run = run_at(r, first, 0)](int64_t j, auto lanes, const auto& k)
+                     __attribute__((always_inline)) { forward_step<M>(run, j, lanes, k, shape, streaming); };
         });
-        write_chunk.template operator()<M>(c, i, after, beside.runs);
+      }
+      for (int64_t r = at.run; r < at.run + at.runs; ++r) {
+        for (int64_t c = first; c < end; ++c) {
+          const auto run = run_at(r, c, at.begin);
+          const auto k = of_channel<kShift + 1, A>(values, c);
+          sweep_run<much(M) ? 1 : 4>(at.length, run.y, streaming,
+                                     [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+                                       forward_step<M>(run, j, lanes, k, shape, streaming);
+                                     });
+        }
       }
     };
     with_mode(mode, [&]<Mode M>() {
-      if (!measured) {
-        for (int64_t c = 0; c < s.channels; ++c) finish(c);
-        // In the order of memory: a chunk is then the same group of images for every channel.
-        parallel(s.channels * cut.chunks, s.samples() / cut.chunks, [&](int64_t begin, int64_t end) {
-          for (int64_t k = begin; k < end; ++k) {
-            write_chunk.template operator()<M>(k % s.channels, k / s.channels, k % s.channels, 0);
-          }
-          if (streaming) streamed();
-        });
-        return;
-      }
-      if (s.channels >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
-        // A channel after another: what was measured is still in the cache when it is written, its end first.
-        parallel(s.channels, s.samples(), [&](int64_t begin, int64_t end) {
-          for (int64_t i = 0; i < cut.chunks; ++i) measure_alone(begin, i);
-          for (int64_t c = begin; c < end; ++c) {
-            finish(c);
-            for (int64_t i = 0; i < cut.chunks; ++i) {
-              const int64_t last = cut.chunks - 1 - i;
-              if (c + 1 == end) {
-                if (written) write_chunk.template operator()<M>(c, last, c, 0);
-              } else if (written) {
-                write_and_measure.template operator()<M>(c, last, c + 1, i);
-              } else {
-                measure_alone(c + 1, i);
-              }
-            }
-          }
-          if (streaming) streamed();
-        });
-        return;
-      }
-      const int64_t cost = s.samples() / cut.chunks;
-      parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) measure_alone(k / cut.chunks, k % cut.chunks);
-      });
-      for (int64_t c = 0; c < s.channels; ++c) finish(c);
-      if (!written) return;
-      parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
-        for (int64_t k = end; k-- > begin;) {
-          write_chunk.template operator()<M>(k / cut.chunks, k % cut.chunks, k / cut.chunks, 0);
-        }
-        if (streaming) streamed();
-      });
+      over_planes<false>(cut, groups, s.samples(), measured, written, streaming, measure_chunk, finish,
+                         [&](int64_t group, int64_t i) { write_chunk.template operator()<M>(group, i); });
     });
   }
 
@@ -332,7 +319,7 @@ struct Forward {
     for (int64_t c = 0; c < s.channels; ++c) derive(c, values[0], values[1], values[2]);
     for (int i = 0; i < 3; ++i) spread(cut, s, values[i]);
     if (!written) return;
-    const bool streaming = past_caches<T>(s, cut.width, residual.data ? 3 : 2, mode == kMasked, {y});
+    const bool streaming = past_caches<T>(s, cut.width, false, {y});
     auto run_at = [&](int64_t row) {
       Run<T> run{};
       run.x = x.data + row * x.outer;
@@ -477,12 +464,13 @@ struct Backward {
     slope_of[c] = rstd * mean_gx;
     offset[c] = mean_g + drift * mean_gx;
   }
-  int64_t tensors() const { return 2 + (dx != nullptr) + (dresidual != nullptr) + (residual.data != nullptr); }
 
   void planes(const Tensor& where) {
     const Planes cut(s);
+    const Groups groups(s, sizeof(T) * (residual.data ? 3 : 2), as_columns(s, mode, {x, dy, residual}));
     const Arrays<A> values(kValues, s.channels, where), parts(2, s.channels * cut.chunks, where);
-    const bool streaming = past_caches<T>(s, s.inner, tensors(), mode == kMasked, {dx, dresidual});
+    const int64_t run = groups.as_columns ? s.channels * s.inner : s.inner;
+    const bool streaming = past_caches<T>(s, run, mode != kMasked && !groups.as_columns, {dx, dresidual});
     const int64_t row_bytes = (s.inner + 7) / 8;
     auto run_at = [&](int64_t r, int64_t c, int64_t begin) {
       const int64_t at = (r * s.channels + c) * s.inner + begin;
@@ -496,102 +484,49 @@ struct Backward {
       return run;
     };
     const std::array<int64_t, 4> outer{x.outer, dy.outer, residual.outer, s.channels * row_bytes};
-    auto sum_chunk = [&]<Mode M>(int64_t c, int64_t i, const auto& beside) __attribute__((always_inline)) {
+    auto sum_chunk = [&]<Mode M>(int64_t group, int64_t i) {
       const auto at = cut.chunk(s, i);
-      const auto found = gradient_sums<M>(run_at(at.run, c, at.begin), outer, at.runs, at.length,
-                                          of_channel<kValues, A>(values, c), shape, beside);
-      parts[0][c * cut.chunks + i] = found[0], parts[1][c * cut.chunks + i] = found[1];
+      const int64_t first = groups.begin(group), channels = groups.end(group) - first;
+      A found[Groups::kMost][2];
+      gradient_sums<M, T>([&](int64_t c) { return run_at(at.run, c, at.begin); }, outer, first, channels, at.runs,
+                          at.length, groups.as_columns, values, shape, found);
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int n = 0; n < 2; ++n) parts[n][(first + c) * cut.chunks + i] = found[c][n];
+      }
     };
-    auto sum_alone = [&]<Mode M>(int64_t c, int64_t i)
-                         __attribute__((noinline)) { sum_chunk.template operator()<M>(c, i, Nothing()); };
-    auto finish = [&](int64_t c) {
-      Wide<A> g = 0, gx = 0;
-      for (int64_t i = c * cut.chunks; summed && i < (c + 1) * cut.chunks; ++i) g += parts[0][i], gx += parts[1][i];
-      derive_means(c, g, gx, values[kOffset], values[kSlope]);
+    auto finish = [&](int64_t group) {
+      for (int64_t c = groups.begin(group); c < groups.end(group); ++c) {
+        Wide<A> g = 0, gx = 0;
+        for (int64_t i = c * cut.chunks; summed && i < (c + 1) * cut.chunks; ++i) g += parts[0][i], gx += parts[1][i];
+        derive_means(c, g, gx, values[kOffset], values[kSlope]);
+      }
     };
-    // As in the forward.
-    auto write_chunk = [&]<Mode M>(int64_t c, int64_t i, int64_t after, int64_t first) {
+    auto write_chunk = [&]<Mode M>(int64_t group, int64_t i) {
       const auto at = cut.chunk(s, i);
-      const auto k = of_channel<kValues, A>(values, c);
-      for (int64_t r = at.run + first; r < at.run + at.runs; ++r) {
-        const auto run = run_at(r, c, at.begin), next = run_at(r, after, at.begin);
-        sweep_run<much(M) ? 1 : 2>(at.length, dx ? run.dx : run.dresidual, streaming,
-                                   [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-                                     ask_for(next.x + j);
-                                     ask_for(next.dy + j);
-                                     if (!streaming && run.dx) ask_for(next.dx + j);
-                                     backward_step<M>(run, j, lanes, k, shape, training, streaming);
-                                   });
-      }
-    };
-    auto write_and_sum = [&]<Mode M>(int64_t c, int64_t i, int64_t after, int64_t then) {
-      const auto at = cut.chunk(s, i), beside = cut.chunk(s, then);
-      if (!fusible<M, T> || !summed || !worth_fusing<T>(at, beside, streaming)) {
-        write_chunk.template operator()<M>(c, i, after, 0);
-        if (summed) sum_alone.template operator()<M>(after, then);
-        return;
-      }
-      if constexpr (fusible<M, T>) {
-        const Run<T> first = run_at(at.run, c, at.begin);
-        const auto strides = outer;
-        const int64_t y_outer = s.channels * s.inner, runs = at.runs;
-        const Shape<A> now = shape;
-        const bool past = streaming, depends = training;
-        const auto k = of_channel<kValues, A>(values, c);
-        sum_chunk.template operator()<M>(after, then,
-                                         [&](int64_t r, int64_t j, auto lanes) __attribute__((always_inline)) {
-                                           if (r >= runs) return;
-                                           Run<T> run = first;
-                                           run.x += r * strides[0], run.dy += r * strides[1];
-                                           if (run.residual) run.residual += r * strides[2];
-                                           if (M == kMasked) run.bits += r * strides[3];
-                                           if (run.dx) run.dx += r * y_outer;
-                                           if (run.dresidual) run.dresidual += r * y_outer;
-                                           backward_step<M>(run, j, lanes, k, now, depends, past);
-                                         });
-        write_chunk.template operator()<M>(c, i, after, beside.runs);
-      }
-    };
-    with_mode(mode, [&]<Mode M>() {
-      if (s.channels >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
-        parallel(s.channels, s.samples(), [&](int64_t begin, int64_t end) {
-          for (int64_t c = begin; c < end; ++c) derive(c, values);
-          // The last channel first: of x, the forward read it last.
-          for (int64_t i = 0; summed && i < cut.chunks; ++i) sum_alone.template operator()<M>(end - 1, i);
-          for (int64_t c = end; c-- > begin;) {
-            finish(c);
-            for (int64_t i = 0; i < cut.chunks; ++i) {
-              const int64_t last = cut.chunks - 1 - i;
-              if (c == begin) {
-                if (written()) write_chunk.template operator()<M>(c, last, c, 0);
-              } else if (written()) {
-                write_and_sum.template operator()<M>(c, last, c - 1, i);
-              } else {
-                sum_alone.template operator()<M>(c - 1, i);
-              }
-            }
-          }
-          if (streaming) streamed();
-        });
-        return;
-      }
-      const int64_t cost = s.samples() / cut.chunks;
-      for (int64_t c = 0; c < s.channels; ++c) derive(c, values);
-      if (summed) {
-        parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
-          for (int64_t k = begin; k < end; ++k) {
-            sum_alone.template operator()<M>(k / cut.chunks, k % cut.chunks);
-          }
+      const int64_t first = groups.begin(group), end = groups.end(group);
+      if (M != kMasked && groups.as_columns) {
+        return walk_short_runs<kSlope + 1, much(M), A>(at, s, values, first, end, [&](int64_t r) {
+          return [&, run = run_at(r, first, 0)](int64_t j, auto lanes, const auto& k)
+                     __attribute__((always_inline)) { backward_step<M>(run, j, lanes, k, shape, training, streaming); };
         });
       }
-      for (int64_t c = 0; c < s.channels; ++c) finish(c);
-      if (!written()) return;
-      parallel(s.channels * cut.chunks, cost, [&](int64_t begin, int64_t end) {
-        for (int64_t k = end; k-- > begin;) {
-          write_chunk.template operator()<M>(k / cut.chunks, k % cut.chunks, k / cut.chunks, 0);
+      for (int64_t r = at.run; r < at.run + at.runs; ++r) {
+        for (int64_t c = first; c < end; ++c) {
+          const auto run = run_at(r, c, at.begin);
+          const auto k = of_channel<kValues, A>(values, c);
+          sweep_run<much(M) ? 1 : 2>(at.length, dx ? run.dx : run.dresidual, streaming,
+                                     [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+                                       backward_step<M>(run, j, lanes, k, shape, training, streaming);
+                                     });
         }
-        if (streaming) streamed();
-      });
+      }
+    };
+    for (int64_t c = 0; c < s.channels; ++c) derive(c, values);
+    with_mode(mode, [&]<Mode M>() {
+      over_planes<true>(
+          cut, groups, s.samples(), summed, written(), streaming,
+          [&](int64_t group, int64_t i) { sum_chunk.template operator()<M>(group, i); }, finish,
+          [&](int64_t group, int64_t i) { write_chunk.template operator()<M>(group, i); });
     });
   }
 
@@ -630,7 +565,7 @@ struct Backward {
       for (int64_t c = 0; c < s.channels; ++c) derive_means(c, g[c], gx[c], values[kOffset], values[kSlope]);
       if (!written()) return;
       for (int i : {kOffset, kSlope}) spread(cut, s, values[i]);
-      const bool streaming = past_caches<T>(s, cut.width, tensors(), mode == kMasked, {dx, dresidual});
+      const bool streaming = past_caches<T>(s, cut.width, false, {dx, dresidual});
       walk_back<A, kSlope + 1, much(M)>(cut, values, streaming, [&](int64_t row) {
         return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k)
                    __attribute__((always_inline)) { backward_step<M>(run, j, lanes, k, shape, training, streaming); };

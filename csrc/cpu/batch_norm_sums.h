@@ -16,52 +16,68 @@ using Wide = std::conditional_t<std::is_same_v<A, float>, double, long double>;
 
 // ---- statistics of a plane chunk ------------------------------------------------------------------------------------
 
-// What may be done for every register of a chunk while it is summed.
-struct Nothing {
-  template <class L>
-  void operator()(int64_t, int64_t, L) const {}
-};
-
-template <class T, class F, class A = Acc<T>>
-inline __attribute__((always_inline)) std::pair<A, A> moments(const T* x, int64_t outer, int64_t runs, int64_t length,
-                                                              A shift, A scale, const F& beside) {
-  A sums[2];
-  reduce_runs<A>(runs, length, sums, [&](int64_t run, int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
-    const auto d = keep<A>(load(x + run * outer + j, lanes) - shift, lanes) * scale;
-    s[0] += d;
-    s[1] += d * d;
-    beside(run, j, lanes);
-  });
-  return {sums[0], sums[1]};
-}
-
+// A shift near the mean of the elements from x on: the mean of the first of them.
 template <class T, class A = Acc<T>>
-__attribute__((noinline)) std::pair<A, A> moments_again(const T* x, int64_t outer, int64_t runs, int64_t length,
-                                                        A shift, A scale) {
-  return moments(x, outer, runs, length, shift, scale, Nothing());
-}
-
-// One pass, shifted by the mean of the first elements; again where that was a poor shift, or where squares overflow.
-template <class T, class F, class A = Acc<T>>
-inline __attribute__((always_inline)) ShiftedSums<A> measure(const T* x, int64_t outer, int64_t runs, int64_t length,
-                                                             const F& beside) {
-  const A count = static_cast<A>(runs * length);
-  ShiftedSums<A> s{0, 0, 0, 1};
+inline A first_shift(const T* x, int64_t length) {
   const int lanes = static_cast<int>(std::min<int64_t>(length, kLanes<A>));
   const auto near = load(x, Tail{lanes});
-  s.shift = sum_lanes<A>(near) / static_cast<A>(lanes);
-  const auto off = keep<A>(near - s.shift, Tail{lanes});
-  s.shift = coarse(s.shift, sum_lanes<A>(off < Vec<A>{} ? -off : off), kDigits<A>);
-  std::tie(s.d, s.d2) = moments(x, outer, runs, length, s.shift, A(1), beside);
-  if (!(s.d2 <= std::numeric_limits<A>::max())) {
-    s.unscale = 1 / kOverflowScale<A>;
-    std::tie(s.d, s.d2) = moments_again(x, outer, runs, length, s.shift, kOverflowScale<A>);
+  const A shift = sum_lanes<A>(near) / static_cast<A>(lanes);
+  const auto off = keep<A>(near - shift, Tail{lanes});
+  return coarse(shift, sum_lanes<A>(off < Vec<A>{} ? -off : off), kDigits<A>);
+}
+
+// The sums of one channel anew.
+template <class T, class A = Acc<T>>
+__attribute__((noinline)) void moments_again(const T* x, int64_t outer, int64_t runs, int64_t length, A scale,
+                                             ShiftedSums<A>& s) {
+  A sums[1][2];
+  s.unscale = 1 / scale;
+  reduce_runs<A, 2>(1, runs, length, sums, [&](int64_t) {
+    return [&](int64_t run, int64_t j, auto lanes, Vec<A>* to) __attribute__((always_inline)) {
+      const auto d = keep<A>(load(x + run * outer + j, lanes) - s.shift, lanes) * scale;
+      to[0] += d;
+      to[1] += d * d;
+    };
+  });
+  s.d = sums[0][0], s.d2 = sums[0][1];
+}
+
+// What of(c) gives for the c-th of `channels` channels, which lie `channel` elements apart: one pass, shifted by the
+// mean of the first elements; again for a channel where that was a poor shift, or where squares overflow.
+template <class T, class Of, class A = Acc<T>>
+__attribute__((noinline)) void measure(const T* x, int64_t channel, int64_t channels, int64_t outer, int64_t runs,
+                                       int64_t length, bool as_columns, const Of& of) {
+  const A count = static_cast<A>(runs * length);
+  A shift[Groups::kMost], sums[Groups::kMost][2];
+  for (int64_t c = 0; c < channels; ++c) shift[c] = first_shift(x + c * channel, length);
+  auto add = [](Vec<A> d, Vec<A>* to) __attribute__((always_inline)) {
+    to[0] += d;
+    to[1] += d * d;
+  };
+  if (as_columns) {
+    Columns<1, A> near;
+    near.fill(std::array<const A*, 1>{shift}, 0, channels, length);
+    reduce_short_runs<2, 1, false>(channels, runs, length, near, sums, [&](int64_t run) __attribute__((always_inline)) {
+      return [&, from = x + run * outer](int64_t j, auto lanes, const auto& k, Vec<A>* to)
+                 __attribute__((always_inline)) { add(load(from + j, lanes) - k[0], to); };
+    });
+  } else {
+    reduce_runs<A, 2>(channels, runs, length, sums, [&](int64_t c) __attribute__((always_inline)) {
+      return
+          [&, from = x + c * channel, near = shift[c]](int64_t run, int64_t j, auto lanes, Vec<A>* to)
+              __attribute__((always_inline)) { add(keep<A>(load(from + run * outer + j, lanes) - near, lanes), to); };
+    });
   }
-  if (poorly_shifted(s.d, s.d2, count)) {
-    s.shift += s.d / count * s.unscale;
-    std::tie(s.d, s.d2) = moments_again(x, outer, runs, length, s.shift, 1 / s.unscale);
+  for (int64_t c = 0; c < channels; ++c) {
+    ShiftedSums<A>& s = of(c) = {shift[c], sums[c][0], sums[c][1], 1};
+    if (!(s.d2 <= std::numeric_limits<A>::max())) {
+      moments_again(x + c * channel, outer, runs, length, kOverflowScale<A>, s);
+    }
+    if (poorly_shifted(s.d, s.d2, count)) {
+      s.shift += s.d / count * s.unscale;
+      moments_again(x + c * channel, outer, runs, length, 1 / s.unscale, s);
+    }
   }
-  return s;
 }
 
 // ---- statistics of a row chunk --------------------------------------------------------------------------------------
@@ -80,38 +96,20 @@ template <bool Scaled, class T, class A = Acc<T>>
 inline void column_moments(const RowCut& cut, int64_t chunk, const T* x, int64_t stride, const ColumnSums<A>& s) {
   std::fill_n(s.d, cut.width, A(0));
   std::fill_n(s.d2, cut.width, A(0));
-  over_rows<false>(cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t rows, int64_t columns) {
-    over_strips<A, false>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
-      constexpr int L = kLanes<A>;
-      Vec<A> shift[K], scale[K], sums[K], squares[K];
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) {
-        shift[k] = load(s.shift + j + k * L, lanes);
-        if (Scaled) scale[k] = 1 / load(s.unscale + j + k * L, lanes);
-        sums[k] = load(s.d + j + k * L, lanes), squares[k] = load(s.d2 + j + k * L, lanes);
-      }
-      for (int64_t r = 0; r < rows;) {
-        Vec<A> sum[K] = {}, square[K] = {};
-        for (const int64_t end = std::min(rows, r + RowCut::kTogether); r < end; ++r) {
-          const T* from = x + (row + r) * stride + j;
-#pragma GCC unroll 4
-          for (int k = 0; k < K; ++k) {
-            auto d = load(from + k * L, lanes) - shift[k];
-            if (Scaled) d *= scale[k];
-            sum[k] += d;
-            square[k] += d * d;
-          }
-        }
-#pragma GCC unroll 4
-        for (int k = 0; k < K; ++k) sums[k] += sum[k], squares[k] += square[k];
-      }
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) {
-        store(s.d + j + k * L, sums[k], lanes);
-        store(s.d2 + j + k * L, squares[k], lanes);
-      }
-    });
-  });
+  const std::array<const A*, 2> values{s.shift, s.unscale};
+  over_rows<false>(
+      cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t step, int64_t rows, int64_t columns) {
+        add_columns<2, Scaled ? 2 : 1, false>(
+            rows, columns, values, {s.d, s.d2}, [&](int64_t r) __attribute__((always_inline)) {
+              return [from = x + (row + r * step) * stride](int64_t j, auto lanes, const auto& k, Vec<A>* to)
+                         __attribute__((always_inline)) {
+                           auto d = load(from + j, lanes) - k[0];
+                           if constexpr (Scaled) d /= k[1];
+                           to[0] += d;
+                           to[1] += d * d;
+                         };
+            });
+      });
 }
 
 inline constexpr int64_t kShifting = 8;  // rows whose mean is the shift
@@ -150,7 +148,7 @@ inline void measure_columns(const RowCut& cut, int64_t chunk, const T* x, int64_
     column_moments<true>(cut, chunk, x, stride, s);
   }
   const A most = static_cast<A>(cut.end(chunk) - first);
-  if (any([&](Vec<A> d, Vec<A> d2) { return d * d > (A(0.5) * std::max<A>(most - 1, 1)) * d2; })) {
+  if (any([&](Vec<A> d, Vec<A> d2) { return d * d > (A(0.8) * std::max<A>(most - 1, 1)) * d2; })) {
     for (int64_t j = 0; j < cut.width; ++j) {
       const A count = static_cast<A>(cut.samples(chunk, j));
       if (count > 0) s.shift[j] += s.d[j] / count * s.unscale[j];
@@ -253,21 +251,34 @@ inline void merge_columns(const RowCut& cut, const Channels& s, A* parts, const 
 
 // ---- sums of the backward -------------------------------------------------------------------------------------------
 
-template <Mode M, class T, class C, class F, class A = Acc<T>>
-inline __attribute__((always_inline)) std::array<A, 2> gradient_sums(const Run<T> first,
-                                                                     const std::array<int64_t, 4> outer, int64_t runs,
-                                                                     int64_t length, const C& c, const Shape<A>& shape,
-                                                                     const F& beside) {
-  A sums[2];
-  reduce_runs<A>(runs, length, sums, [&](int64_t r, int64_t j, auto lanes, Vec<A>* s) __attribute__((always_inline)) {
-    Run<T> run = first;
+// sums[c] of a chunk of channel first + c, for each of `channels` channels: its runs lie `outer` apart, the first of
+// them is run_at(first + c), and values[i][first + c] belong to it.
+template <Mode M, class T, class At, class V, class A = Acc<T>>
+inline __attribute__((always_inline)) void gradient_sums(const At& run_at, const std::array<int64_t, 4>& outer,
+                                                         int64_t first, int64_t channels, int64_t runs, int64_t length,
+                                                         bool as_columns, const V& values, const Shape<A>& shape,
+                                                         A (*sums)[2]) {
+  constexpr int kConstants = kDrift + 1;
+  auto at = [&](Run<T> run, int64_t r) __attribute__((always_inline)) {
     run.x += r * outer[0], run.dy += r * outer[1];
     if (run.residual) run.residual += r * outer[2];
     if (M == kMasked) run.bits += r * outer[3];
-    sum_step<M>(run, j, lanes, c, shape, s);
-    beside(r, j, lanes);
+    return run;
+  };
+  if (M != kMasked && as_columns) {
+    Columns<kConstants, A> of;
+    of.fill(values, first, channels, length);
+    return reduce_short_runs<2, kConstants, much(M)>(
+        channels, runs, length, of, sums, [&, begin = run_at(first)](int64_t r) __attribute__((always_inline)) {
+          return [&, run = at(begin, r)](int64_t j, auto lanes, const auto& k, Vec<A>* to)
+                     __attribute__((always_inline)) { sum_step<M>(run, j, lanes, k, shape, to); };
+        });
+  }
+  reduce_runs<A, 2>(channels, runs, length, sums, [&](int64_t c) __attribute__((always_inline)) {
+    return [&, begin = run_at(first + c), k = of_channel<kConstants, A>(values, first + c)](int64_t r, int64_t j,
+                                                                                            auto lanes, Vec<A>* to)
+               __attribute__((always_inline)) { sum_step<M>(at(begin, r), j, lanes, k, shape, to); };
   });
-  return {sums[0], sums[1]};
 }
 
 // The same per column of a chunk of rows; run_at(row) is where a row begins.
@@ -276,33 +287,14 @@ inline void column_gradient_sums(const RowCut& cut, int64_t chunk, const At& run
                                  const Shape<A>& shape, A* sum_g, A* sum_gx) {
   std::fill_n(sum_g, cut.width, A(0));
   std::fill_n(sum_gx, cut.width, A(0));
-  over_rows<false>(cut, cut.begin(chunk), cut.end(chunk), [&](int64_t row, int64_t rows, int64_t columns) {
-    over_strips<A, much(M)>(columns, [&]<int K>(int64_t j, auto lanes) __attribute__((always_inline)) {
-      constexpr int L = kLanes<A>;
-      Constants<kDrift + 1, A> c[K];
-      Vec<A> sums[K][2];
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) {
-        c[k] = of_columns<kDrift + 1, A>(values, j + k * L, lanes);
-        sums[k][0] = load(sum_g + j + k * L, lanes), sums[k][1] = load(sum_gx + j + k * L, lanes);
-      }
-      for (int64_t r = 0; r < rows;) {
-        Vec<A> sum[K][2] = {};
-        for (const int64_t end = std::min(rows, r + RowCut::kTogether); r < end; ++r) {
-          const Run<T> run = run_at(row + r);
-#pragma GCC unroll 4
-          for (int k = 0; k < K; ++k) sum_step<M>(run, j + k * L, lanes, c[k], shape, sum[k]);
-        }
-#pragma GCC unroll 4
-        for (int k = 0; k < K; ++k) sums[k][0] += sum[k][0], sums[k][1] += sum[k][1];
-      }
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) {
-        store(sum_g + j + k * L, sums[k][0], lanes);
-        store(sum_gx + j + k * L, sums[k][1], lanes);
-      }
-    });
-  });
+  over_rows<false>(cut, cut.begin(chunk), cut.end(chunk),
+                   [&](int64_t row, int64_t step, int64_t rows, int64_t columns) {
+                     add_columns<2, kDrift + 1, much(M)>(
+                         rows, columns, values, {sum_g, sum_gx}, [&](int64_t r) __attribute__((always_inline)) {
+                           return [&, run = run_at(row + r * step)](int64_t j, auto lanes, const auto& k, Vec<A>* to)
+                                      __attribute__((always_inline)) { sum_step<M>(run, j, lanes, k, shape, to); };
+                         });
+                   });
 }
 
 }  // namespace fusedtricks::FT_ISA

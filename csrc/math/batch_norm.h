@@ -41,10 +41,11 @@ inline constexpr A kDigits = A(0x1p23);
 template <>
 inline constexpr double kDigits<double> = 0x1p52;
 
-// Would another shift have kept more digits? Where it is not within one standard deviation of the mean.
+// Would another shift have kept more digits? Where it is not within two standard deviations of the mean, as that of a
+// few samples nearly always is.
 template <class A>
 FT_HD bool poorly_shifted(A d, A d2, A count) {
-  return d * d > A(0.5) * d2 * count;
+  return d * d > A(0.8) * d2 * count;
 }
 
 // ---- one element ----------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ SHAPES: dict[str, Shape] = {
     "4-D, one pixel": ((8, 20, 1, 1),),
     "4-D, pixels inside a vector": ((4, 24, 2, 2),),
     "4-D, 7x7": ((3, 70, 7, 7),),
+    "4-D, short planes of many samples": ((11, 40, 4, 5),),
+    "4-D, groups of channels": ((5, 26, 9, 8),),
     "4-D, few channels, channel past a chunk": ((1, 2, 150, 151),),
     "4-D, many short planes past a chunk": ((250, 2, 13, 13),),
     "one image": ((1, 5, 9, 11),),
@@ -100,7 +102,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eval added gelu": {"residual": "another", "activation": "gelu", "training": False},
 }
 
-PLANES, ROWS = ((6, 5, 9, 14),), ((769, 6),)
+PLANES, SHORT_PLANES, ROWS = ((6, 5, 9, 14),), ((27, 6, 4, 7),), ((769, 6),)
 
 
 def shifted(shape: Shape, mean: float) -> Adversary:
@@ -140,7 +142,7 @@ def constant(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
 # Sums of a million products of both signs, about 1000 in size, that cancel to any smaller value.
 ADVERSARIES = {
     f"{name}, {where}": adversary
-    for where, shape in (("planes", PLANES), ("rows", ROWS))
+    for where, shape in (("planes", PLANES), ("short planes", SHORT_PLANES), ("rows", ROWS))
     for name, adversary in {
         **{f"mean {mean:.0e}": shifted(shape, mean) for mean in (0, 1e1, 1e2, 1e3, 1e4, 1e5)},
         **{f"values of {scale:.0e}": scaled(shape, scale) for scale in (1e18, 1e20, 1e30)},

@@ -108,6 +108,12 @@ def _unweighted(right: Any, dy: Tensor, x: Tensor, residual: Any, weight: Tensor
 
 
 NATIVE_BUGS = {
+    "short planes: one sample for four": NativeBug(
+        "cpu/batch_norm.h", "return f(run + r);", "return f(run);", "batch_norm"
+    ),
+    "rows left over from the streams": NativeBug(
+        "cpu/batch_norm.h", "row = first + step * RowCut::kStreams;", "row = full;", "batch_norm"
+    ),
     "offset of the gradient has the wrong sign": NativeBug(
         "math/batch_norm.h", "(g - offset) - (x - mean) * slope", "(g + offset) - (x - mean) * slope", "batch_norm"
     ),
