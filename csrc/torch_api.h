@@ -302,15 +302,24 @@ inline Tensor probabilities_of(const Tensor& target, const Tensor& logits) {
 
 // Two models, and labels or none. The teacher takes the place of class probabilities.
 inline RowShape check_distillation(const char* op, const Tensor& student, const Tensor& teacher,
-                                   const MaybeTensor& target, const MaybeTensor& other, const MaybeTensor& lam,
-                                   const MaybeTensor& weight, double temperature) {
+                                   const MaybeTensor& indices, const MaybeTensor& target, const MaybeTensor& other,
+                                   const MaybeTensor& lam, const MaybeTensor& weight, double temperature) {
   STD_TORCH_CHECK(!target || holds_labels(*target), op, ": expected labels of int64, int32 or uint8");
   // Without labels the student stands in for probabilities.
   const auto shape = check_loss(op, student, target ? *target : student, other, lam, weight);
   check_floating(op, "teacher", teacher.scalar_type());
-  STD_TORCH_CHECK(teacher.sizes().equals(student.sizes()) && teacher.is_cuda() == student.is_cuda() &&
-                      teacher.get_device_index() == student.get_device_index(),
-                  op, ": expected a teacher of the student's shape, on its device");
+  auto beside_student = [&](const Tensor& t) {
+    return t.is_cuda() == student.is_cuda() && t.get_device_index() == student.get_device_index();
+  };
+  if (indices) {
+    STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && teacher.size(0) == shape.rows && teacher.size(1) > 0 &&
+                        indices->sizes().equals(teacher.sizes()) && holds_labels(*indices) && beside_student(teacher) &&
+                        beside_student(*indices),
+                    op, ": a sparse teacher of (R, C) needs k > 0 values and indices (R, k), on the student's device");
+  } else {
+    STD_TORCH_CHECK(teacher.sizes().equals(student.sizes()) && beside_student(teacher), op,
+                    ": expected a teacher of the student's shape, on its device");
+  }
   STD_TORCH_CHECK(temperature > 0, op, ": expected a positive temperature, got ", temperature);
   return shape;
 }

@@ -82,6 +82,59 @@ def test_16_bits(kernels: cuda_on_host.Kernels, regime: str, wide: bool) -> None
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
 
 
+def run_sparse(backend: str, size: tuple[int, ...], options: str, dtype: torch.dtype, strided: bool) -> list[Tensor]:
+    """The same from a sparse teacher, which names one class three times and the first label."""
+    student, a, b, values = inputs(size)
+    student, values = student.to(dtype), 4 * values[:, :40].to(dtype)
+    student = student.t().contiguous().t() if strided else student
+    indices = torch.randint(size[1], values.shape, generator=torch.Generator().manual_seed(2))
+    indices[:, 0], indices[:, -1], indices[:, -2], values[:, 3] = a.clamp(min=0), indices[:, 1], indices[:, 1], -inf
+    given, leaf = dict(OPTIONS[options]), student.detach().requires_grad_()
+    if "weight" in given:
+        given["weight"] = torch.linspace(0, 2, size[1], dtype=dtype)
+    target = None if options == "no labels" else MixedTarget(a, b, torch.linspace(0, 1, size[0], dtype=torch.float64))
+    with fusedtricks.backend(backend):
+        loss = distillation_loss(leaf, (indices.int(), values), target, **given)
+        return [loss.detach(), *torch.autograd.grad(loss, leaf)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("strided", [False, True], ids=["rows", "strided"])
+@pytest.mark.parametrize("regime", [name for name, (size, _) in REGIMES.items() if len(size) == 2])
+def test_sparse_teachers(kernels: cuda_on_host.Kernels, regime: str, strided: bool, options: str) -> None:
+    size, device = REGIMES[regime]
+    found = []
+    for order in (0, 1, 2):
+        with kernels.device(**{**device, "order": order}):
+            found.append(run_sparse("cuda_on_host", size, options, torch.float32, strided))
+    reference, truth = (run_sparse("reference", size, options, d, strided) for d in (torch.float32, torch.float64))
+    for i, (ours, theirs, true) in enumerate(zip(found[0], reference, truth, strict=True)):
+        assert_no_worse(ours, theirs, true.double(), name=f"result {i}")
+        for other in found[1:]:
+            assert_bitwise_equal(ours, other[i], name=f"result {i}")
+    with kernels.device(**device):
+        ours = run_sparse("cuda_on_host", size, options, torch.bfloat16, strided)
+    for a, b in zip(ours, run_sparse("reference", size, options, torch.bfloat16, strided), strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [30, 4099])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_bad_rows_of_a_sparse_teacher(kernels: cuda_on_host.Kernels, temperature: float, classes: int) -> None:
+    """NaN, all of them, are rows of which an index is no class, and those of a teacher that knows nothing."""
+    student, values, y = torch.randn(6, classes), torch.randn(6, 3), torch.randint(classes, (6,))
+    indices = torch.tensor([[0, 1, 2], [0, classes, 2], [-1, 1, 2], [0, 1, 2], [0, 1, 2**40], [1, 1, 1]])
+    values[3], values[4, 2] = -inf, -inf
+    bad = [False, True, True, True, True, False]
+    for target in (None, y):
+        leaf = student.clone().requires_grad_()
+        with kernels.device(**SMALL), fusedtricks.backend("cuda_on_host"):
+            loss = distillation_loss(leaf, (indices, values), target, temperature, reduction="none")
+            (made,) = torch.autograd.grad(loss, leaf, torch.ones(6))
+        assert loss.isnan().tolist() == bad
+        assert made.isnan().all(1).tolist() == made.isnan().any(1).tolist() == bad
+
+
 @pytest.mark.parametrize("classes", [30, 4099])
 def test_bad_rows(kernels: cuda_on_host.Kernels, classes: int) -> None:
     """NaN are models without a finite logit and labels that are no class, infinite a divergence, and no other rows."""

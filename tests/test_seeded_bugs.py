@@ -83,15 +83,16 @@ def built() -> Path | None:
 @pytest.mark.parametrize("name", NATIVE_BUGS)
 def test_caught_in_a_kernel(name: str, tmp_path: Path) -> None:
     """One expression of one source is changed, compiled for the baseline alone, and linked with what there is."""
-    bug, build = NATIVE_BUGS[name], built()
-    text = (ROOT / "csrc" / bug.file).read_text()
+    bug, build, sources = NATIVE_BUGS[name], built(), ROOT / "csrc"
+    text = (sources / bug.file).read_text()
     assert text.count(bug.right) == 1, f"csrc/{bug.file} no longer has: {bug.right}"
-    changed = tmp_path / "csrc" / bug.file
-    changed.parent.mkdir(parents=True)
-    changed.write_text(text.replace(bug.right, bug.wrong))
-    for sibling in (ROOT / "csrc" / bug.file).parent.glob("*.h"):
-        if sibling.name != changed.name:
-            (changed.parent / sibling.name).write_text(sibling.read_text())
+    # The source is copied too, for what it includes from its own folder is looked for there first.
+    source = sources / "cpu" / f"{bug.op}.cpp"
+    for path in (source, *(sources / "cpu").glob("*.h"), *(sources / "math").glob("*.h")):
+        copy = tmp_path / "csrc" / path.relative_to(sources)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+    (tmp_path / "csrc" / bug.file).write_text(text.replace(bug.right, bug.wrong))
 
     commands = subprocess.run(
         [sys.executable, "-m", "ninja", "-C", build, "-t", "commands"], capture_output=True, text=True, check=True
@@ -99,6 +100,7 @@ def test_caught_in_a_kernel(name: str, tmp_path: Path) -> None:
     object_file = f"{bug.op}.baseline.o"
     command = next(c for c in commands if c.endswith(f"-o {build / object_file}"))
     command = command.replace(f"-I{ROOT / 'csrc'}", f"-I{tmp_path / 'csrc'} -I{ROOT / 'csrc'}", 1)
+    command = command.replace(f" {source} ", f" {tmp_path / 'csrc' / 'cpu' / source.name} ", 1)
     command = command.replace(str(build / object_file), str(tmp_path / object_file)).replace("-O3", "-O0")
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=300)
 

@@ -81,19 +81,22 @@ def pick(launch_args: dict[str, Any], kernel: Any) -> dict[str, Any]:
     return {name: launch_args[name] for name in kernel.arg_names}
 
 
+def split_rows(device: torch.device, tiles: int, C: int, block: int) -> tuple[int, int]:
+    """(programs that share a row, blocks that each has of it)"""
+    splits = 1
+    while tiles * splits < SPLIT_BELOW * common.processors(device) and 2 * splits * block < C and splits < MOST_SPLITS:
+        splits *= 2
+    length = triton.cdiv(triton.cdiv(C, splits), block)
+    return triton.cdiv(C, length * block), length
+
+
 def plan_forward(
     x: Tensor, args: dict[str, Any], losses: Tensor, mass: Tensor, stats: Tensor, o: _loss.Options
 ) -> list[Launch]:
     R, C = args["R"], args["columns"] * args["ALIGN"]
     rows, block, warps = shape_of_tile(C, args["x_step"] != 1)
     tiles = triton.cdiv(R, rows)
-    splits = 1
-    while (
-        tiles * splits < SPLIT_BELOW * common.processors(x.device) and 2 * splits * block < C and splits < MOST_SPLITS
-    ):
-        splits *= 2
-    length = triton.cdiv(triton.cdiv(C, splits), block)
-    splits = triton.cdiv(C, length * block)
+    splits, length = split_rows(x.device, tiles, C, block)
     partial = torch.empty((4, R, splits), dtype=torch.float32, device=x.device) if splits > 1 else None
     args = args | {"x": x, "losses": losses, "mass": mass, "stats": stats, "partial": partial, "length": length}
     args |= {"SMOOTH": o.off != 0, "ROWS": rows, "BLOCK": block, "SPLITS": splits, "ONCE": block >= C}

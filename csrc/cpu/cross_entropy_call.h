@@ -33,8 +33,10 @@ inline bool adjacent(const Layout& l) {
          l.rows.stride[3][l.rows.levels - 1] == 1;
 }
 
-// `out` and `t` are the logits once more where there is no result of their size, or no probabilities.
-inline Layout lay_out(const Tensor& logits, const Tensor& out, const Tensor& t, bool in_place = false) {
+// `out` and `t` are the logits once more where there is no result of their size, or no probabilities. Without `tiles`
+// strided classes are copied.
+inline Layout lay_out(const Tensor& logits, const Tensor& out, const Tensor& t, bool in_place = false,
+                      bool tiles = true) {
   const int64_t lead = logits.dim() - 1;
   auto describe = [&](const Tensor& x, const Tensor& o, const Tensor& p) {
     const auto dense = row_major(logits, 1);
@@ -48,7 +50,7 @@ inline Layout lay_out(const Tensor& logits, const Tensor& out, const Tensor& t, 
   Layout l = describe(logits, out, t);
   if (unit(l)) return l;
   l.strided = true;
-  if (adjacent(l) && l.classes <= kMostTileClasses) return l;
+  if (tiles && adjacent(l) && l.classes <= kMostTileClasses) return l;
   const Tensor x = torch::stable::contiguous(logits);
   const bool no_result = out.get() == logits.get() && !in_place;
   return describe(x, no_result ? x : fusedtricks::empty_like(x),

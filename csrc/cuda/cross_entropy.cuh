@@ -141,6 +141,13 @@ struct Row {
   __device__ __forceinline__ int64_t extra(int64_t e) const { return e < head ? e : e + slots * L; }
   __device__ __forceinline__ int64_t extras() const { return a.C - slots * L; }
 
+  // Is c a class, and in the part `here`?
+  __device__ __forceinline__ bool holds(const Part& here, int64_t c) const {
+    if (c < 0 || c >= a.C) return false;
+    const int64_t s = (c - head) / L;
+    return c < head || s >= slots ? here.part == 0 : s / a.length == here.part;
+  }
+
   // f.operator()<K, N>(class_of): runs of N classes of the part `here` for a thread to take at once, of which the k-th,
   // k < K, begins at class_of(k), or is none where that is negative. AtOnce slots, and single classes outside of slots,
   // which go with the first part.

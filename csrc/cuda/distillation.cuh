@@ -3,6 +3,9 @@
 //
 // Bytes that must move, for R rows of C classes of s bytes: forward 2 R C s, backward 3 R C s. Slots are counted from
 // the student's first aligned address; a teacher that is aligned otherwise is read class by class.
+//
+// A sparse teacher, whose type P of logits is void, has k entries a row: R C s and 2 R C s, for its own are few. The
+// forward takes them as further parts of the row. The backward stores their classes a second time, as a whole.
 #pragma once
 
 #include "cross_entropy.cuh"
@@ -18,7 +21,10 @@ struct DistillationArguments : LossArguments<T> {
   A over;        // 1 / temperature
   A soft, hard;  // what KL and cross-entropy count for; the latter is still to be divided by `total` in a mean
   bool mean;
-  bool both;  // exp(z - top) is wanted, and not what exp((z - top) / temperature) is
+  bool both;          // exp(z - top) is wanted, and not what exp((z - top) / temperature) is
+  LabelColumn known;  // (R, k), of a sparse teacher, with its logits
+  const A* values;
+  int64_t k;
 };
 
 template <class T>
@@ -54,6 +60,19 @@ struct Pairs {
   }
 };
 
+template <class T, int K, int N>
+struct Pairs<T, void, K, N> {
+  alignas(kVectorBytes) T x[K][N];
+
+  template <class Row, class ClassOf>
+  __device__ __forceinline__ Pairs(const Row& row, const ClassOf& class_of) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (class_of(k) >= 0) row.logits(class_of(k), x[k]);
+    }
+  }
+};
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 // The sums of some runs, each logit below the maximum of its model in them.
@@ -69,7 +88,7 @@ __device__ __forceinline__ PairSums<Acc<T>> sums_of(const DistillationArguments<
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       s.hard.top = max(s.hard.top, widen(of.x[k][i]));
-      s.teacher_top = max(s.teacher_top, static_cast<A>(widen(of.v[k][i])));
+      if constexpr (!std::is_void_v<P>) s.teacher_top = max(s.teacher_top, static_cast<A>(widen(of.v[k][i])));
     }
   }
   auto finite = [](A top) { return top == -kInfinity<A> ? A(0) : top; };
@@ -80,11 +99,13 @@ __device__ __forceinline__ PairSums<Acc<T>> sums_of(const DistillationArguments<
     if (class_of(k) < 0) continue;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const A z = widen(of.x[k][i]) - base, v = static_cast<A>(widen(of.v[k][i])) - teacher_base;
-      const A e = exp(v * a.over);
+      const A z = widen(of.x[k][i]) - base;
       s.student += exp(z * a.over);
-      s.teacher += e;
-      s.cross += e != A(0) ? e * (v - z) : A(0);
+      if constexpr (!std::is_void_v<P>) {
+        const A v = static_cast<A>(widen(of.v[k][i])) - teacher_base, e = exp(v * a.over);
+        s.teacher += e;
+        s.cross += e != A(0) ? e * (v - z) : A(0);
+      }
     }
     if (a.both) {
 #pragma unroll
@@ -100,6 +121,24 @@ __device__ __forceinline__ PairSums<Acc<T>> sums_of(const DistillationArguments<
       }
     }
   }
+  return s;
+}
+
+// Those of one entry of a sparse teacher; `place` counts them over all rows. The student's own sums are of its classes,
+// and not of these. An index that is no class makes the row NaN.
+template <class T, class Row>
+__device__ __forceinline__ PairSums<Acc<T>> sums_of_entry(const DistillationArguments<T>& a, const Row& row,
+                                                          int64_t place) {
+  using A = Acc<T>;
+  const int64_t c = a.known.at(place);
+  const bool inside = c >= 0 && c < a.C;
+  const A z = inside ? static_cast<A>(widen(row.x[c * a.x_step])) : A(0), v = __ldg(a.values + place);
+  PairSums<A> s;
+  s.hard.top = z;
+  s.teacher_top = v;
+  s.teacher = v == -kInfinity<A> ? A(0) : A(1);
+  s.cross = s.teacher == A(0) || z > -kInfinity<A> ? A(0) : kInfinity<A>;
+  if (!inside) s.student = s.hard.total = kNaN<A>;
   return s;
 }
 
@@ -120,6 +159,11 @@ __global__ void __launch_bounds__(kLossThreads, 1) row_divergences(const Distill
     row.template each_run<kPairsAtOnce>(here, group.rank, [&]<int K, int N>(const auto& class_of) {
       s = join_sums(s, sums_of<T, P, K, N>(a, row, class_of));
     });
+    if constexpr (std::is_void_v<P>) {
+      for (int64_t j = group.rank; here.part == 0 && j < a.k; j += a.lanes) {
+        s = join_sums(s, sums_of_entry<T>(a, row, index * a.k + j));
+      }
+    }
   }
   s = group.reduce(s, join_sums);
   if (a.parts > 1) {
@@ -138,8 +182,9 @@ __global__ void __launch_bounds__(kLossThreads, 1) row_divergences(const Distill
 
   Sums<A, 4> sum{};
   if (live && group.rank == 0) {
-    const A top = s.hard.top, student_sum = top > -kInfinity<A> ? s.student : kNaN<A>;
-    const A teacher_sum = s.teacher_top > -kInfinity<A> ? s.teacher : kNaN<A>;
+    const A top = s.hard.top, teacher_sum = s.teacher_top > -kInfinity<A> ? s.teacher : kNaN<A>;
+    // What is NaN of a teacher is NaN in the whole row, also where the teacher does not know the class.
+    const A student_sum = top > -kInfinity<A> && teacher_sum == teacher_sum ? s.student : kNaN<A>;
     const A total = a.both ? (top > -kInfinity<A> ? s.hard.total : kNaN<A>) : student_sum;
     const A kl = divergence(s.cross * a.over, teacher_sum, static_cast<A>(log(student_sum / teacher_sum)));
     RowTarget<A> target{};
@@ -171,8 +216,8 @@ __global__ void __launch_bounds__(kLossThreads, 1) row_distillation_gradients(co
   using A = Acc<T>;
   static_assert(Width == kLanes<T>);
   const Part here(a);
-  if (!here.live) return;
-  const auto at = a.rows.place(here.r);
+  if (!std::is_void_v<P> && !here.live) return;
+  const auto at = a.rows.place(here.live ? here.r : 0);
   const int64_t index = a.rows.offset(2, at);
   const Row<T, false, false> row(a, at);
   T* y = a.y + a.rows.offset(0, at);
@@ -188,33 +233,62 @@ __global__ void __launch_bounds__(kLossThreads, 1) row_distillation_gradients(co
   const A top = stat(kTop), teacher_top = stat(kTeacherTop);
   const A at_a = hard.g * target.at_a, at_b = hard.g * target.at_b;
   const Exp<A> exp{};
-  row.template each_run<kPairsAtOnce>(here, threadIdx.x % a.lanes, [&]<int K, int N>(const auto& class_of) {
-    const Pairs<T, P, K, N> of(row, class_of);
+  // At classes c to c + N, of which the student's logits are x, but for what the teacher takes away.
+  auto of_student = [&]<int N>(int64_t c, const T(&x)[N], A(&value)[N]) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int64_t c = class_of(k);
-      if (c < 0) continue;
-      A value[N];
+    for (int i = 0; i < N; ++i) value[i] = slope.student * exp((widen(x[i]) - top) * a.over);
+    if (a.both) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const A z = widen(of.x[k][i]) - top, v = static_cast<A>(widen(of.v[k][i])) - teacher_top;
-        value[i] = slope.student * exp(z * a.over) - slope.teacher * exp(v * a.over);
+      for (int i = 0; i < N; ++i) value[i] += slope.hard * exp(widen(x[i]) - top);
+    }
+    if (a.o.off != A(0)) {
+      A w[N];
+      row.coefficients(c, w);
+#pragma unroll
+      for (int i = 0; i < N; ++i) value[i] -= slope.off * w[i];
+    }
+    subtract_at(target.a, at_a, c, value);
+    subtract_at(target.b, at_b, c, value);
+  };
+  const int lane = threadIdx.x % a.lanes;
+  if (here.live) {
+    row.template each_run<kPairsAtOnce>(here, lane, [&]<int K, int N>(const auto& class_of) {
+      const Pairs<T, P, K, N> of(row, class_of);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const int64_t c = class_of(k);
+        if (c < 0) continue;
+        A value[N];
+        of_student(c, of.x[k], value);
+        if constexpr (!std::is_void_v<P>) {
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            value[i] -= slope.teacher * exp((static_cast<A>(widen(of.v[k][i])) - teacher_top) * a.over);
+          }
+        }
+        store_gradient(value, y + c * a.y_step, a.y_step);
       }
-      if (a.both) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) value[i] += slope.hard * exp(widen(of.x[k][i]) - top);
+    });
+  }
+  if constexpr (std::is_void_v<P>) {
+    // What follows is stored over what other threads have stored.
+    __syncthreads();
+    const int64_t entries = index * a.k;
+    for (int64_t j = lane; here.live && j < a.k; j += a.lanes) {
+      const int64_t c = a.known.at(entries + j);
+      if (!row.holds(here, c)) continue;
+      // All entries of a class store the same.
+      A e = 0;
+      for (int64_t i = 0; i < a.k; ++i) {
+        if (a.known.at(entries + i) == c) e += exp((__ldg(a.values + entries + i) - teacher_top) * a.over);
       }
-      if (a.o.off != A(0)) {
-        A w[N];
-        row.coefficients(c, w);
-#pragma unroll
-        for (int i = 0; i < N; ++i) value[i] -= slope.off * w[i];
-      }
-      subtract_at(target.a, at_a, c, value);
-      subtract_at(target.b, at_b, c, value);
+      const T x[1] = {row.x[c * a.x_step]};
+      A value[1];
+      of_student(c, x, value);
+      value[0] -= slope.teacher * e;
       store_gradient(value, y + c * a.y_step, a.y_step);
     }
-  });
+  }
 }
 
 }  // namespace fusedtricks::cuda

@@ -10,6 +10,9 @@ With u the student's and v the teacher's logits over the temperature T, p = soft
 and the cross-entropy of labels, pairs of labels and smoothing as in cross_entropy.py. "mean" divides the sum of KL by
 the number of samples, that of the cross-entropy by the mass of the labels. Logits are centred by their maximum first.
 Terms with p_c = 0 are left out by selection, so logits of -inf on either side are right.
+
+A sparse teacher has k entries (class, value), and its sums run over them: p = softmax(v) of k values, and what an entry
+meets of the student is u at its class. Several entries of one class each have a term of their own in KL.
 """
 
 from __future__ import annotations
@@ -28,10 +31,11 @@ from fusedtricks.ops._target import MixedTarget
 
 SparseTeacher = tuple[Tensor, Tensor]
 
-# student, teacher (*, C), any strides and any two floating dtypes, R rows in logical order. target, other, lam, weight:
-# labels as cross_entropy_fwd takes them, or none at all: alpha T^2 KL alone. lam, weight and all results but dstudent
-# are in the accumulation dtype of the student. reduction: 0 none, 1 mean, 2 sum.
-_INPUTS = "Tensor student, Tensor teacher, Tensor? target, Tensor? other, Tensor? lam, Tensor? weight"
+# student, teacher (*, C), any strides and any two floating dtypes, R rows in logical order. With indices, (R, k) of
+# int64, int32 or uint8, the student is (R, C) and the teacher (R, k): the values of a sparse one. target, other, lam,
+# weight: labels as cross_entropy_fwd takes them, or none at all: alpha T^2 KL alone. lam, weight and all results but
+# dstudent are in the accumulation dtype of the student. reduction: 0 none, 1 mean, 2 sum.
+_INPUTS = "Tensor student, Tensor teacher, Tensor? indices, Tensor? target, Tensor? other, Tensor? lam, Tensor? weight"
 _OPTIONS = "int ignore_index, float on, float off, float temperature, float alpha, int reduction"
 # loss: () or (*). stats (7, R): max(student), sum exp(student - max), Q; max(teacher), sum exp((teacher - max) / T),
 # sum exp((student - max) / T), KL. total (): what "mean" divides the cross-entropy by. dstudent: the gradient of a
@@ -70,22 +74,43 @@ def over_temperature(logits: Tensor, like: Tensor, temperature: float) -> Tensor
     return logits.to(accumulate_dtype(like.dtype)) / temperature
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+class Known(NamedTuple):
+    """The classes of a sparse teacher, (R, k) int64, and whether all those of a row are classes, (R, 1). One that is
+    not counts as class 0."""
+
+    classes: Tensor
+    sound: Tensor
+
+    @staticmethod
+    def of(indices: Tensor | None, classes: int) -> Known | None:
+        if indices is None:
+            return None
+        inside = (indices >= 0) & (indices < classes)
+        return Known(torch.where(inside, indices, 0).long(), inside.all(-1, keepdim=True))
+
+    def marked(self, student: Tensor) -> Tensor:
+        """The student, NaN in rows that are not sound."""
+        return torch.where(self.sound, student, torch.nan)
+
+
+def divergence(student: Tensor, teacher: Tensor, known: Known | None, temperature: float) -> Tensor:
     """KL of each row, in differentiable operations."""
     u, v = (over_temperature(t, student, 1.0) for t in (student, teacher))
     u, v = ((t - t.detach().amax(-1, keepdim=True)) / temperature for t in (u, v))
-    e = v.exp()
+    e, met = v.exp(), u if known is None else u.gather(-1, known.classes)
     # Selected before the product: the gradient of what is left out is 0 as well.
-    difference = torch.where(e > 0, v, 0.0) - torch.where(e > 0, u, 0.0)
+    difference = torch.where(e > 0, v, 0.0) - torch.where(e > 0, met, 0.0)
     total = e.sum(-1)
     return (e * difference).sum(-1) / total + (u.exp().sum(-1) / total).log()
 
 
 def composed(
-    student: Tensor, teacher: Tensor, t: Target | None, weight: Tensor | None, o: Options
+    student: Tensor, teacher: Tensor, indices: Tensor | None, t: Target | None, weight: Tensor | None, o: Options
 ) -> tuple[Tensor, ...]:
     """(loss, KL of the rows, total) in plain PyTorch, differentiable any number of times and by every transform."""
-    kl = divergence(student, teacher, o.temperature)
+    known = Known.of(indices, student.shape[-1])
+    student = student if known is None else known.marked(student)
+    kl = divergence(student, teacher, known, o.temperature)
     loss = o.alpha * o.temperature**2 * (kl.mean() if o.reduction == 1 else kl.sum() if o.reduction == 2 else kl)
     if t is None:
         return loss, kl, kl.new_ones(())
@@ -95,26 +120,45 @@ def composed(
     return loss, kl, mass.sum()
 
 
-def statistics(student: Tensor, teacher: Tensor, t: Target | None, weight: Tensor | None, o: Options) -> Tensor:
+def statistics(
+    student: Tensor, teacher: Tensor, indices: Tensor | None, t: Target | None, weight: Tensor | None, o: Options
+) -> Tensor:
     """The first six rows of stats."""
+    if indices is not None:
+        student = Known.of(indices, student.shape[-1]).marked(student)
     z, v = (over_temperature(logits, student, 1.0) for logits in (student, teacher))
     top, total = ce.top_and_sum(z)
     q = torch.zeros_like(top) if t is None else ce.coefficients(student, t, weight, o.hard)[0].sum(-1)
     of_teacher, of_student = (ce.top_and_sum(logits / o.temperature)[1] for logits in (v, z))
+    # What is NaN of a teacher is NaN in the whole row, also where the teacher does not know the class.
+    of_student = torch.where(of_teacher.isnan(), torch.nan, of_student)
     return torch.stack((top, total, q, v.amax(-1), of_teacher, of_student))
 
 
+def check_indices(indices: Tensor, classes: int) -> None:
+    """As `check_labels`: an IndexError on a CPU; on a GPU, without a sync, loss and gradient of the row are NaN."""
+    if indices.device.type != "cpu" or type(indices) is not Tensor:
+        return
+    wrong = ((indices < 0) | (indices >= classes)).nonzero()
+    if len(wrong):
+        row, at = wrong[0].tolist()
+        raise IndexError(
+            f"Index {indices[row, at].item()} of the teacher is out of bounds: row {row}, expected 0 to {classes - 1}"
+        )
+
+
 @distillation_fwd.reference
-def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(student: Tensor, teacher: Tensor, indices: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     target, other, lam, weight, *options, need_dstudent = rest
     o, t = Options(*options), None if target is None else Target(target, other, lam)
     if t is not None:
         ce.check_labels(t, student.shape[-1], o.ignore_index)
-    loss, kl, total = composed(student, teacher, t, weight, o)
-    stats = torch.cat((statistics(student, teacher, t, weight, o), kl.unsqueeze(0))).reshape(7, kl.numel())
-    dstudent = student.new_empty(0)
-    if need_dstudent:
-        dstudent = gradient(torch.ones_like(loss), student, teacher, t, weight, stats, total, o)
+    if indices is not None:
+        check_indices(indices, student.shape[-1])
+    args = (student, teacher, indices, t, weight)
+    loss, kl, total = composed(*args, o)
+    stats = torch.cat((statistics(*args, o), kl.unsqueeze(0))).reshape(7, kl.numel())
+    dstudent = gradient(torch.ones_like(loss), *args, stats, total, o) if need_dstudent else student.new_empty(0)
     return loss, stats, total, dstudent
 
 
@@ -122,6 +166,7 @@ def gradient(
     dloss: Tensor,
     student: Tensor,
     teacher: Tensor,
+    indices: Tensor | None,
     t: Target | None,
     weight: Tensor | None,
     stats: Tensor,
@@ -133,7 +178,8 @@ def gradient(
         (over_temperature(logits, student, 1.0) - at).div(o.temperature).exp() / normalizer
         for logits, at, normalizer in ((student, top, student_sum), (teacher, teacher_top, teacher_sum))
     )
-    dz = of_rows(dloss, stats, o) * (s - p)
+    known = Known.of(indices, student.shape[-1])
+    dz = of_rows(dloss, stats, o) * (s - p if known is None else s.scatter_add(-1, known.classes, -p))
     if t is not None and o.alpha != 1:
         g = dloss * (1 - o.alpha)
         dz = dz + ce.gradient(g, None, student.to(dz.dtype), t, weight, stats[:3], total, o.hard)
@@ -147,10 +193,10 @@ def of_rows(dloss: Tensor, stats: Tensor, o: Options) -> Tensor:
 
 
 @distillation_bwd.reference
-def _(dloss: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
+def _(dloss: Tensor, student: Tensor, teacher: Tensor, indices: Tensor | None, *rest: Any) -> Tensor:
     target, other, lam, weight, stats, total, *options = rest
     t = None if target is None else Target(target, other, lam)
-    return gradient(dloss, student, teacher, t, weight, stats, total, Options(*options))
+    return gradient(dloss, student, teacher, indices, t, weight, stats, total, Options(*options))
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------
@@ -158,10 +204,20 @@ def _(dloss: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.custom_op("fusedtricks::distillation_bwd_teacher", mutates_args=())
 def teacher_gradient(
-    dloss: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float, alpha: float, reduction: int
+    dloss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    indices: Tensor | None,
+    stats: Tensor,
+    temperature: float,
+    alpha: float,
+    reduction: int,
 ) -> Tensor:
     """Rarely asked for, so no kernel makes it. Opaque to torch.compile, whose bits are then those of eager mode."""
     top, _, _, teacher_top, teacher_sum, *_ = stats.reshape(7, *student.shape[:-1], 1)
+    if indices is not None:
+        known = Known.of(indices, student.shape[-1])
+        student = known.marked(student.gather(-1, known.classes))
     u = (over_temperature(student, student, 1.0) - top) / temperature
     v = (over_temperature(teacher, student, 1.0) - teacher_top) / temperature
     p = v.exp() / teacher_sum
@@ -184,6 +240,7 @@ class _Distillation(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
+        indices: Tensor | None,
         target: Tensor | None,
         other: Tensor | None,
         lam: Tensor | None,
@@ -191,21 +248,21 @@ class _Distillation(torch.autograd.Function):
         o: Options,
         early: bool,
     ) -> Tensor:
-        labels = (target, other, lam, weight)
-        loss, stats, total, dstudent = distillation_fwd(student, teacher, *labels, *o, early)
-        ctx.save_for_backward(student, teacher, *labels, stats, total)
+        given = (student, teacher, indices, target, other, lam, weight)
+        loss, stats, total, dstudent = distillation_fwd(*given, *o, early)
+        ctx.save_for_backward(*given, stats, total)
         ctx.o, ctx.early, ctx.dstudent = o, early, dstudent if early else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, *labels, stats, total = ctx.saved_tensors
+        student, teacher, indices, *labels, stats, total = ctx.saved_tensors
         o, need = ctx.o, ctx.needs_input_grad
         if differentiating():
             return _composed_backward(ctx, dloss)
-        dteacher = teacher_gradient(dloss, student, teacher, stats, *o[3:]) if need[1] else None
+        dteacher = teacher_gradient(dloss, student, teacher, indices, stats, *o[3:]) if need[1] else None
         dstudent = None
-        args = (student, teacher, *labels, stats, total, *o)
+        args = (student, teacher, indices, *labels, stats, total, *o)
         if need[0] and ctx.early:
             # Handed out once, so that it can become .grad without a copy. A further backward makes it again: same bits.
             made, ctx.dstudent = ctx.dstudent, None
@@ -214,17 +271,17 @@ class _Distillation(torch.autograd.Function):
                 dstudent.mul_(dloss)
         elif need[0]:
             dstudent = distillation_bwd(dloss, *args)
-        return dstudent, dteacher, *(None,) * 6
+        return dstudent, dteacher, *(None,) * 7
 
 
 def _composed_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    student, teacher, target, other, lam, weight, *_ = ctx.saved_tensors
+    student, teacher, indices, target, other, lam, weight, *_ = ctx.saved_tensors
     # Fresh nodes: what the gradients depend on are the saved tensors, not the graph behind them.
     inputs = [t.view_as(t) for t in (student, teacher)]
     wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
     t = None if target is None else Target(target, other, lam)
-    loss = composed(*inputs, t, weight, ctx.o)[0]
-    found: list[Tensor | None] = [None] * 8
+    loss = composed(*inputs, indices, t, weight, ctx.o)[0]
+    found: list[Tensor | None] = [None] * 9
     for i, grad in zip(
         wanted, torch.autograd.grad(loss, [inputs[i] for i in wanted], dloss, create_graph=True), strict=True
     ):
@@ -235,28 +292,16 @@ def _composed_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
 # ---- public ---------------------------------------------------------------------------------------------------------
 
 
-def _dense(student: Tensor, teacher: Tensor, t: Target | None, weight: Tensor | None, o: Options) -> Tensor:
-    student, teacher = _loss.class_last(student), _loss.class_last(teacher)
+def _run(
+    student: Tensor, teacher: Tensor, indices: Tensor | None, t: Target | None, weight: Tensor | None, o: Options
+) -> Tensor:
     if transforming():
-        return composed(student, teacher, t, weight, o)[0]
-    labels = (*(t or (None, None, None)), weight)
+        return composed(student, teacher, indices, t, weight, o)[0]
+    given = (student, teacher, indices, *(t or (None, None, None)), weight)
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
-        return distillation_fwd(student, teacher, *labels, *o, False)[0]
+        return distillation_fwd(*given, *o, False)[0]
     early = not torch.compiler.is_compiling() and student.requires_grad and o.reduction != 0 and ce._one_pass(student)
-    return _Distillation.apply(student, teacher, *labels, o, early)
-
-
-def _sparse(student: Tensor, teacher: SparseTeacher, o: Options) -> Tensor:
-    """alpha T^2 KL from a teacher of k classes, which are gathered: the student is read for its log-sum-exp alone."""
-    indices, values = teacher[0].long(), teacher[1]
-    log_p = over_temperature(values, student, o.temperature).log_softmax(-1)
-    p = log_p.exp()
-    # The label is any class: it is the log-sum-exp that is wanted.
-    _, lse = ce.cross_entropy(student, indices[:, 0], reduction="none", temperature=o.temperature, return_lse=True)
-    log_s = over_temperature(student.gather(1, indices), student, o.temperature) - lse.unsqueeze(-1)
-    kl = (p * (torch.where(p > 0, log_p, 0.0) - torch.where(p > 0, log_s, 0.0))).sum(-1)
-    kl = kl.mean() if o.reduction == 1 else kl.sum() if o.reduction == 2 else kl
-    return o.alpha * o.temperature**2 * kl
+    return _Distillation.apply(*given, o, early)
 
 
 def _check(student: Any, teacher: Any, temperature: float, reduction: str, label_smoothing: float) -> None:
@@ -282,6 +327,11 @@ def _check(student: Any, teacher: Any, temperature: float, reduction: str, label
                 f"not {type(teacher).__name__}"
             )
         indices, values = teacher
+        if indices.device != student.device:
+            raise RuntimeError(
+                "distillation_loss: Expected all tensors to be on the same device, but got student_logits on "
+                f"{student.device} and the indices of a sparse teacher on {indices.device}"
+            )
         if (
             student.dim() != 2
             or indices.dim() != 2
@@ -325,11 +375,13 @@ def distillation_loss(
 
     Args:
         student_logits: (C), (N, C) or (N, C, d1, ...), floating.
-        teacher_logits: the same shape, any floating dtype; or, for a student (N, C), a pair (indices (N, k) int64,
-            values (N, k)): the k classes a sparse teacher knows, all others having the logit -inf.
+        teacher_logits: the same shape, any floating dtype; or, for a student (N, C), a pair (indices (N, k) of int64,
+            int32 or uint8, values (N, k)): the k classes a sparse teacher knows, all others having the logit -inf.
+            Classes that a row names more than once get the sum of these probabilities.
         target: labels, class probabilities or a :class:`fusedtricks.MixedTarget`, as :func:`cross_entropy` takes them;
             without one the loss is alpha T^2 KL alone. With labels and pairs of them both terms are made in one pass
-            over the logits; class probabilities, and a lam that requires grad, are a pass of their own.
+            over the logits, of a sparse teacher too; class probabilities, and a lam that requires grad, are a pass of
+            their own.
         temperature: T, in KL alone. T^2 keeps the size of the gradient when T changes.
         alpha: the share of the teacher. A term whose share is 0 is left out, whatever its logits hold.
         weight, ignore_index, label_smoothing: those of the cross-entropy with the target; KL counts every sample.
@@ -340,16 +392,18 @@ def distillation_loss(
 
     Raises:
         RuntimeError: teacher and student of different shapes or devices. ValueError: a temperature that is not
-        positive. Of the target: what :func:`cross_entropy` raises.
+        positive. IndexError: an index of a sparse teacher that is no class, on the CPU; on a GPU, which is not waited
+        for, the loss and the gradient of that sample are NaN. Of the target: what :func:`cross_entropy` raises.
     """
     op = "distillation_loss"
     _check(student_logits, teacher_logits, temperature, reduction, label_smoothing)
-    student, dense = student_logits, isinstance(teacher_logits, Tensor)
+    student = student_logits
+    indices, teacher = (None, teacher_logits) if isinstance(teacher_logits, Tensor) else teacher_logits
     wide, classes = accumulate_dtype(student.dtype), student.shape[1 if student.dim() > 1 else 0]
     on, off = _loss.smoothing("uniform", label_smoothing, classes)
     o = Options(ignore_index, on, off, temperature, alpha, _loss.REDUCTIONS[reduction])
     t = None
-    if dense and alpha != 0 and not (weight is not None and weight.requires_grad and torch.is_grad_enabled()):
+    if alpha != 0 and not (weight is not None and weight.requires_grad and torch.is_grad_enabled()):
         if isinstance(target, MixedTarget):
             t = _loss.mixed(op, student, target)
         elif isinstance(target, Tensor) and target.shape != student.shape:
@@ -358,14 +412,13 @@ def distillation_loss(
         t = None if t is not None and t.lam is not None and t.lam.requires_grad and torch.is_grad_enabled() else t
     if alpha == 0:
         # Nothing of the teacher, whose gradient is zeros and not missing.
-        loss = sum(t[:0].sum(dtype=wide) for t in (student, teacher_logits if dense else teacher_logits[1]))
+        loss = sum(t[:0].sum(dtype=wide) for t in (student, teacher))
         if reduction == "none":
             loss = loss + loss.new_zeros(_loss.class_last(student).shape[:-1])
-    elif dense:
-        checked = None if t is None else _loss.check_weight(op, weight, classes, student.device)
-        loss = _dense(student, teacher_logits, t, None if checked is None else checked.to(wide), o)
     else:
-        loss = _sparse(student, teacher_logits, o)
+        checked = None if t is None else _loss.check_weight(op, weight, classes, student.device)
+        weights = None if checked is None else checked.to(wide)
+        loss = _run(_loss.class_last(student), _loss.class_last(teacher), indices, t, weights, o)
     if target is not None and t is None:
         hard = ce.cross_entropy(
             student,

@@ -1,4 +1,4 @@
-"""Distillation from dense teachers with labels and pairs; the rest is in tests/test_distillation.py."""
+"""Distillation with labels and pairs; the rest is in tests/test_distillation.py."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from fusedtricks import MixedTarget
 
 
 def torchs(
-    student: Tensor, teacher: Tensor, target: Any = None, temperature: float = 1.0, alpha: float = 0.5, **options: Any
+    student: Tensor, teacher: Any, target: Any = None, temperature: float = 1.0, alpha: float = 0.5, **options: Any
 ) -> Tensor:
     """The definition in torch's operations."""
+    indices, teacher = (None, teacher) if isinstance(teacher, Tensor) else teacher
     student = student.to(torch.promote_types(student.dtype, teacher.dtype))
     dim = 1 if student.dim() > 1 else 0
     log_p, log_s = ((t / temperature).log_softmax(dim) for t in (teacher, student))
+    log_s = log_s if indices is None else log_s.gather(1, indices.long())
     # F.kl_div of logarithms is NaN where a class of probability 0 has a logit of -inf.
     kept = log_p > -torch.inf
     kl = (log_p.exp() * (torch.where(kept, log_p, 0.0) - torch.where(kept, log_s, 0.0))).sum(dim)
@@ -29,16 +31,27 @@ def torchs(
     return loss if target is None else loss + (1 - alpha) * cross_entropy(student, target, **options)
 
 
+def known(kind: str) -> int:
+    """How many classes a sparse teacher knows: "sparse 5"."""
+    _, sparse, count = kind.partition("sparse ")
+    return int(count.split()[0]) if sparse else 0
+
+
 def inputs(size: tuple[int, ...], kind: str) -> tuple[Tensor, ...]:
     classes = size[1] if len(size) > 1 else size[0]
     a, b = (torch.randint(classes, (*size[:1], *size[2:]) if len(size) > 1 else ()) for _ in range(2))
     if "ignored" in kind and a.numel():
         a.view(-1)[::3], b.view(-1)[::4] = -100, -100
-    return 2 * randn(*size), 2 * randn(*size), a, b
+    return 2 * randn(*size), 2 * randn(*((size[0], known(kind)) if known(kind) else size)), a, b
 
 
 def call(fn: Any, t: Any, kind: str, weighted: bool = False, **options: Any) -> Any:
     student, teacher, a, b = t
+    if known(kind):
+        # The label of a sample is among its classes, and one of them comes twice.
+        steps = torch.arange(known(kind), device=a.device) // 2 * 3 + torch.arange(known(kind), device=a.device) % 2
+        steps[-1] = steps[0]
+        teacher = (((a.clamp(min=0)[:, None] + steps) % student.shape[1]).int(), teacher)
     options = {"reduction": "none", "temperature": 2.0, **options}
     if weighted:
         classes = student.shape[1] if student.dim() > 1 else student.shape[0]
@@ -63,6 +76,11 @@ SHAPES: dict[str, Shape] = {
     "no rows": ((0, 8), "pair"),
     "image": ((2, 5, 9, 8), "pair ignored"),
     "volume": ((2, 3, 2, 3, 4), "hard"),
+    **{f"sparse teacher, C={c}": ((70, c), "pair ignored sparse 3") for c in (2, 16)},
+    "sparse teacher, C=1001": ((5, 1001), "pair ignored sparse 64"),
+    "sparse teacher of all classes": ((3, 33), "none sparse 40"),
+    "sparse teacher, C=20000": ((2, 20000), "hard sparse 100"),
+    "sparse teacher, rows past a block of rows": ((257, 33), "hard sparse 5"),
 }
 
 
@@ -103,15 +121,17 @@ CASE = Case(
     call=call,
     shapes=SHAPES,
     shape="image",
-    layout_shapes=("rows past a block of rows", "image"),
-    small={"rows": ((3, 5), "pair"), "image": ((2, 3, 2, 2), "none")},
-    large={"narrow": ((4099, 5), "pair"), "rows": ((37, 4097), "hard")},
+    layout_shapes=("rows past a block of rows", "sparse teacher, rows past a block of rows", "image"),
+    small={"rows": ((3, 5), "pair"), "image": ((2, 3, 2, 2), "none"), "sparse": ((3, 5), "pair sparse 3")},
+    large={"narrow": ((4099, 5), "pair"), "rows": ((37, 4097), "hard"), "sparse": ((37, 4097), "hard sparse 64")},
     growing=tuple(((rows, 40), "hard") for rows in (3, 7, 129)),
     gpu={
         "narrow": ((257, 17), "pair"),
         "usual": ((512, 1000), "hard"),
         "odd": ((65, 1001), "none"),
         "long": ((3, 50257), "pair"),
+        "sparse": ((512, 1000), "hard sparse 64"),
+        "sparse long": ((3, 50257), "pair sparse 100"),
     },
     options={
         "mean": {"reduction": "mean"},
