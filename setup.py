@@ -1,4 +1,4 @@
-"""Build of fusedtricks: the extension `fusedtricks._C` from the sources under csrc/, and `fusedtricks._plan` beside it.
+"""Build of fusedtricks: the extension `fusedtricks._C` from the sources under csrc/, and two more beside it.
 
 CUDA sources are built when nvcc is found; FUSEDTRICKS_CUDA=0 or 1 overrides (1 fails without nvcc). The targets are
 those of TORCH_CUDA_ARCH_LIST. FUSEDTRICKS_CPU="baseline avx2" leaves the other instruction sets out; the default is all
@@ -19,6 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+# csrc/<name>.cpp is fusedtricks._<name>: what needs torch's own headers, and the package can do without.
+HEADERS = ("plan", "node")
 # LibTorch's stable ABI: a binary built for this version serves every later one.
 TORCH_TARGET = "0x020b000000000000"
 CUDA_ARCHS = "8.0;9.0;10.0+PTX"
@@ -79,7 +81,7 @@ def nvcc_targets() -> tuple[str, list[str]]:
 
 
 def ninja_file(cxx: str, output: Path, build: Path) -> str:
-    """The whole build of _C: each CPU kernel for every instruction set, CUDA objects, one link; and _plan beside it."""
+    """The whole build of _C: each CPU kernel for every instruction set, CUDA objects, one link; and of HEADERS."""
     import pybind11
     import torch
 
@@ -132,20 +134,26 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             compile("nvcc", source, f"{source.stem}.cuda")
     lines.append(f"build {escape(output)}: link {' '.join(objects)}")
-    # The step plan of the optimizers needs torch's own headers, so it is a library of its own: see plan.cpp.
-    torch_includes = f"-isystem {torch_dir / 'include/torch/csrc/api/include'}"
-    plan = output.with_name(output.name.replace("_C", "_plan", 1))
-    plan_object = escape(build / "plan.o")
-    lines.append(f"build {plan_object}: cxx {escape(CSRC / 'plan.cpp')}\n  flags = {' '.join(python)} {torch_includes}")
-    lines.append("  defines =")
-    lines.append(f"build {escape(plan)}: link {plan_object}\n  libs = -ltorch_python")
-    lines.append(f"default {escape(output)} {escape(plan)}\n")
+    flags = " ".join([*python, f"-isystem {torch_dir / 'include/torch/csrc/api/include'}"])
+    for name in HEADERS:
+        library, object = beside(output, name), escape(build / f"{name}.o")
+        lines.append(f"build {object}: cxx {escape(CSRC / f'{name}.cpp')}\n  flags = {flags}")
+        lines.append("  defines =")
+        lines.append(f"build {escape(library)}: link {object}\n  libs = -ltorch_python")
+        lines.append(f"build {name}: phony {escape(library)}")
+    lines.append(f"build C: phony {escape(output)}")
+    lines.append(f"default {escape(output)}\n")
     return "\n".join(lines)
+
+
+def beside(output: Path, name: str) -> Path:
+    """The file of one of HEADERS, by that of _C."""
+    return output.with_name(output.name.replace("_C", f"_{name}", 1))
 
 
 class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        if ext.name == "fusedtricks._plan":
+        if ext.name != "fusedtricks._C":  # made with it
             return
         # A fixed place, unlike self.build_temp: a rebuild compiles only what changed.
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
@@ -156,11 +164,23 @@ class Build(build_ext):
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *jobs], check=True)
+        ninja = [sys.executable, "-m", "ninja", "-C", str(build), *jobs]
+        subprocess.run([*ninja, "C"], check=True)
+        for name in HEADERS:
+            if subprocess.run([*ninja, name]).returncode:
+                beside(output, name).unlink(missing_ok=True)
+                print(f"fusedtricks: csrc/{name}.cpp does not build with this torch; installing without _{name}")
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        self.extensions = [e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
+        super().copy_extensions_to_source()
 
 
-# One build makes both: see ninja_file.
-extensions = [Extension("fusedtricks._C", sources=[]), Extension("fusedtricks._plan", sources=[])]
+# One build makes all: see ninja_file.
+extensions = [Extension(f"fusedtricks.{name}", sources=[]) for name in ("_C", *(f"_{name}" for name in HEADERS))]
 if compiler() is None:
     extensions = []
     print("fusedtricks: no C++ compiler found; installing without compiled kernels (Triton on GPUs, PyTorch on CPUs)")

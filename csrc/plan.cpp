@@ -6,6 +6,7 @@
 // nothing else: fusedtricks/ops/_optimizer.py then plans every step anew.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <limits>
@@ -297,6 +298,7 @@ class Plan {
 PYBIND11_MODULE(_plan, m) {
   using fusedtricks::Plan;
   namespace py = pybind11;
+  m.attr("torch") = TORCH_VERSION;
   m.attr("STRUCTURE") = static_cast<int>(fusedtricks::kStructure);
   m.attr("POINTERS") = static_cast<int>(fusedtricks::kPointers);
   m.attr("HYPERS") = static_cast<int>(fusedtricks::kHypers);

@@ -20,6 +20,21 @@ import torch
 # Absent when the package was built without a compiler: Triton then serves GPUs and the reference CPUs.
 _C = importlib.import_module("fusedtricks._C") if importlib.util.find_spec("fusedtricks._C") else None
 
+
+def for_this_torch(name: str) -> Any:
+    """An extension built on torch's own headers, or None where it was not built, or for another torch."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        found = importlib.import_module(name)
+    except ImportError:
+        return None
+    return found if torch.__version__.startswith(getattr(found, "torch", "?")) else None
+
+
+# Without it operators are called and recorded in Python: see _pair.py.
+_node = for_this_torch("fusedtricks._node")
+
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _NAMESPACE = "fusedtricks"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -128,14 +143,21 @@ def backend(name: str) -> Iterator[None]:
     set. An operator without that back end raises RuntimeError, as does an unknown name (ValueError). A backward that
     runs after the block uses the default again.
     """
-    global _forced
     if name.split(":")[0] not in BACKENDS:
         raise ValueError(f"fusedtricks.backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    before, _forced = _forced, name
+    before = _forced
     try:
+        _force(name)
         yield
     finally:
-        _forced = before
+        _force(before)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    if _node is not None:
+        _node.force(name is not None)
 
 
 class Row(NamedTuple):

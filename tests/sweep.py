@@ -18,7 +18,7 @@ from cases import CASES, Case, Tensors
 from parity import GRAD_LAYOUTS, INPUT_LAYOUTS, Guarded, assert_no_worse, assert_within, largest, written_everywhere
 from torch import Tensor
 
-from fusedtricks import backend
+from fusedtricks import _op, backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -251,6 +251,17 @@ def expected(stem: str, config: Config) -> Expected:
 def forced(target: Target) -> Iterator[None]:
     with backend(target.backend):
         yield
+
+
+@contextlib.contextmanager
+def functions_alone() -> Iterator[None]:
+    """Every call is made and recorded in Python, as without fusedtricks._node."""
+    force = (lambda _: None) if _op._node is None else _op._node.force
+    force(True)
+    try:
+        yield
+    finally:
+        force(False)
 
 
 def check(case: Case, config: Config, target: Target) -> None:

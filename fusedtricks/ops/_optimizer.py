@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,23 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer
 
+from fusedtricks._op import for_this_torch
 from fusedtricks.ops import _table
 from fusedtricks.ops._shard import Shard
 from fusedtricks.ops._states import States, follow, kind_of
 from fusedtricks.ops._table import Row
 
-
-def _load_plan() -> Any:
-    """fusedtricks._plan, or None where it was not built, or for another torch: every step is then planned anew."""
-    if importlib.util.find_spec("fusedtricks._plan") is None:
-        return None
-    try:
-        return importlib.import_module("fusedtricks._plan")
-    except ImportError:
-        return None
-
-
-_plan = _load_plan()
+# Without it every step is planned anew.
+_plan = for_this_torch("fusedtricks._plan")
 STRUCTURE, POINTERS, HYPERS = (1, 2, 4) if _plan is None else (_plan.STRUCTURE, _plan.POINTERS, _plan.HYPERS)
 # Besides a rule's own, the keys of a group whose change asks for a new table.
 SHAPING = frozenset({"params", "fused", "foreach", "differentiable", "capturable"})

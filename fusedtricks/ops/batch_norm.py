@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedtricks._op import Op, differentiating, transforming, wants_grad
+from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _batch_norm as bn
 from fusedtricks.ops._norm import accumulate_dtype, laid_out_like
 
@@ -154,12 +155,12 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        settings: tuple[Any, ...],  # the rest of what `_forward` takes; one argument, for each costs time
+        settings: tuple[Any, ...],  # the rest of what `_arguments` takes; one argument, for each costs time
         apart: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         _, training, _, eps, activation, slope = settings
-        need_mask = residual is not None and activation in bn.SIGNED
-        y, stats, mask = _forward(x, residual, weight, bias, *settings, need_mask)
+        need_mask = _needs_mask(residual, activation)
+        y, stats, mask = _op_of(training)(*_arguments(x, residual, weight, bias, *settings, need_mask))
         # z is made again from what it was made of, unless the mask says enough, or y says all.
         again = activation != bn.IDENTITY and not need_mask
         ctx.save_for_backward(
@@ -194,7 +195,15 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
-def _forward(
+def _needs_mask(residual: Tensor | None, activation: int) -> bool:
+    return residual is not None and activation in bn.SIGNED
+
+
+def _op_of(training: bool) -> Op:
+    return batch_norm_fwd if training else batch_norm_apply
+
+
+def _arguments(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -206,11 +215,30 @@ def _forward(
     activation: int,
     slope: float,
     need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
+    """What the operator takes."""
     if training:
-        return batch_norm_fwd(x, residual, weight, bias, *buffers, momentum, eps, activation, slope, True, need_mask)
+        return x, residual, weight, bias, *buffers, momentum, eps, activation, slope, True, need_mask
     mean, var, _ = buffers
-    return batch_norm_apply(x, residual, weight, bias, mean, None, var, eps, activation, slope, need_mask)
+    return x, residual, weight, bias, mean, None, var, eps, activation, slope, need_mask
+
+
+def _pair(training: bool, **given: Any) -> Any:
+    given |= {"training": training, "sums": None}
+    unchanged = "residual" if "need_dresidual" in given else None
+    return pair(_BatchNorm, _op_of(training), batch_norm_bwd, given=given, unchanged=unchanged)
+
+
+# By training and by what the derivative of the activation is known from, as in _BatchNorm: nothing, the mask, or z.
+_nodes = {
+    (training, known): _pair(training, **given)
+    for training in (False, True)
+    for known, given in {
+        "one": {"residual": None, "bias": None, "mask": None, "need_dresidual": False},
+        "mask": {"residual": None, "bias": None},
+        "z": {"mask": None},
+    }.items()
+}
 
 
 NO_BUFFERS = (None, None, None)
@@ -233,6 +261,13 @@ def _run(
     if weight is not None and bias is not None and weight.dtype is not bias.dtype:
         # Kernels write both gradients in one dtype; the casts' own backward rounds each to its parameter's.
         weight, bias = (p.to(accumulate_dtype(input.dtype)) for p in (weight, bias))
+    settings = (buffers, training, momentum, eps, activation, slope)
+    wanted = wants_grad(input, weight, bias) or (residual is not None and wants_grad(residual, None))
+    need_mask = wanted and _needs_mask(residual, activation)
+    known = "one" if activation == bn.IDENTITY else "mask" if need_mask else "z"
+    arguments = _arguments(input, residual, weight, bias, *settings, need_mask)
+    if (y := recorded(_nodes[training, known], *arguments)) is not None:
+        return y
     if transforming():
         stats = bn.statistics(input, eps) if training else bn.given_statistics(input, buffers[0], None, buffers[1], eps)
         y = bn.activate(bn.preactivation(input, residual, weight, bias, stats), activation, slope)
@@ -241,14 +276,13 @@ def _run(
         return laid_out_like(y.to(input.dtype), input)
     # torch.compile refuses a Function that changes its inputs: there the averages are updated from what it returns.
     apart = training and torch.compiler.is_compiling()
-    given = NO_BUFFERS if apart else buffers
-    settings = (given, training, momentum, eps, activation, slope)
-    if wants_grad(input, weight, bias) or (residual is not None and wants_grad(residual, None)):
+    settings = (NO_BUFFERS if apart else buffers, *settings[1:])
+    if wanted:
         y = _BatchNorm.apply(input, residual, weight, bias, settings, apart)
         if apart:
             y, stats = y
     else:
-        y, stats, _ = _forward(input, residual, weight, bias, *settings, False)
+        y, stats, _ = _op_of(training)(*_arguments(input, residual, weight, bias, *settings, False))
     if apart:
         bn.track(stats, bn.count(input), *buffers, momentum)
     elif training and buffers[0] is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedtricks._op import Op, differentiating, transforming
+from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm, layer_norm, rms_norm
 from fusedtricks.ops._philox import new_seed
 from fusedtricks.ops.dropout import drop, keep_of
@@ -131,6 +132,16 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         return *(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * 5
 
 
+_node = pair(
+    _DropoutAddLayerNorm,
+    dropout_add_layer_norm_fwd,
+    dropout_add_layer_norm_bwd,
+    returned=2,
+    laid_out=("x", "residual"),
+    contiguous=("dz",),
+)
+
+
 def forward(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return dropout_add_layer_norm_fwd(x.contiguous(), residual.contiguous(), *rest)
 
@@ -148,6 +159,8 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """y and z."""
     args = (weight, bias, seed, keep, eps, dims, center)
+    if x.is_contiguous() and residual.is_contiguous() and (both := recorded(_node, x, residual, *args)) is not None:
+        return both
     if transforming():
         y, z, _ = dropout_add_layer_norm_fwd.implementation("reference")(x, residual, *args)
         return y, z
