@@ -58,7 +58,7 @@ sanitize: $$(BUILT) ## CPU kernels under AddressSanitizer and UndefinedBehaviorS
 
 clean: ## remove what was built and written; .venv stays
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.built
-	rm -f fusedtricks/_C*.so fusedtricks/triton_kernels
+	rm -f fusedtricks/*.so fusedtricks/triton_kernels
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')

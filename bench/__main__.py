@@ -96,11 +96,11 @@ def main() -> None:
                 report.show(operation.stem, *report.columns(mine))
                 rows += mine
     if args.json:
-        report.write_json(args.json, report.document(device, rows, wrong, args.system_heap))
+        report.write_json(args.json, report.document(device, rows, wrong, args.system_heap, seconds))
     if args.plot and rows:
         report.plot(args.plot, rows, report.device_name(device))
     if args.record:
-        for path in report.record(device, rows, wrong, args.system_heap):
+        for path in report.record(device, rows, wrong, args.system_heap, seconds):
             print(f"wrote {path.relative_to(report.ROOT)}")
 
 

@@ -122,8 +122,13 @@ SYSTEM_HEAP = "the system's: large blocks are returned when freed, and cost page
 
 
 def document(
-    device: str, rows: Sequence[Row] = (), accuracy: Sequence[Error] = (), system_heap: bool = False
+    device: str,
+    rows: Sequence[Row] = (),
+    accuracy: Sequence[Error] = (),
+    system_heap: bool = False,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
+    """`seconds`: spent on each contestant and row."""
     return {
         "device": device_name(device),
         "kind": device,
@@ -131,6 +136,7 @@ def document(
         "system": f"{platform.system()} {platform.machine()}",
         "environment": environment(),
         "heap": SYSTEM_HEAP if system_heap else "keeps what is freed",
+        **({"seconds": seconds} if rows else {}),
         "rows": [row.json() for row in rows],
         "accuracy": [row.json() for row in accuracy],
     }
@@ -141,7 +147,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def record(device: str, rows: Sequence[Row], accuracy: Sequence[Error], system_heap: bool = False) -> list[Path]:
+def record(
+    device: str,
+    rows: Sequence[Row],
+    accuracy: Sequence[Error],
+    system_heap: bool = False,
+    seconds: float | None = None,
+) -> list[Path]:
     """One file for each operation under bench/results/<device>/, which is what --report reads."""
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     paths = []
@@ -151,7 +163,7 @@ def record(device: str, rows: Sequence[Row], accuracy: Sequence[Error], system_h
             if mine:
                 name = ["accuracy"] if kind == "accuracy" else ["system-heap"] if system_heap else []
                 paths.append(folder / ".".join([stem, *name, "json"]))
-                write_json(paths[-1], document(device, **{kind: mine}, system_heap=system_heap))
+                write_json(paths[-1], document(device, **{kind: mine}, system_heap=system_heap, seconds=seconds))
     return paths
 
 
@@ -282,5 +294,6 @@ def _device_page(folder: str, files: dict[str, dict[str, Any]]) -> str:
             title = f"### {errors[0].operation}: {measure(errors[0].operation)}"
             parts.append(f"{title}\n\n{markdown(*accuracy_columns(errors))}")
         source = f"[{name}](../bench/results/{folder}/{name})"
-        parts.append(f"{source}: revision {content['revision']}, torch {env['torch']}, triton {env['triton']}.")
+        spent = f", {content['seconds']:g} s for each figure" if content.get("seconds") else ""
+        parts.append(f"{source}: revision {content['revision']}, torch {env['torch']}, triton {env['triton']}{spent}.")
     return "\n\n".join(parts)

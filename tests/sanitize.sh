@@ -15,7 +15,7 @@ for part in setup.py pyproject.toml README.md LICENSE csrc fusedtricks triton_ke
   rm -rf "${here:?}/$part"
   cp -rp "$part" "$here/$part"
 done
-rm -rf "$here"/fusedtricks/_C*.so "$here"/fusedtricks/triton_kernels
+rm -rf "$here"/fusedtricks/*.so "$here"/fusedtricks/triton_kernels
 ln -s ../triton_kernels "$here/fusedtricks/triton_kernels"
 cd "$here"
 

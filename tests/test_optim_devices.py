@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedtricks import optim
-from fusedtricks.ops import _optimizer, _table
+from fusedtricks.ops import _optimizer, _states, _table
 
 ITEMS = 2**31 + 5
 
@@ -162,3 +162,15 @@ def test_what_a_capture_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     o.step()
     with pytest.raises(RuntimeError, match=f"{name}: 1 parameters have no gradient"):
         o._check_capture()
+
+
+@pytest.mark.filterwarnings("error")
+def test_states_of_fake_tensors() -> None:
+    """Which have no memory that an address could be asked of."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.zeros(3, 4).t())
+        for state in (_states._like(p, torch.float32), _states._like(p, torch.bfloat16)):
+            assert state.stride() == p.stride()
+            assert state.shape == p.shape

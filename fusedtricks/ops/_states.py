@@ -133,7 +133,7 @@ def _like(p: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros, laid out as the parameter is; on a CPU on large pages, as every step passes over them."""
     like = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
     part = local(like)
-    if _op._C is not None and part.device.type == "cpu":
+    if _op._C is not None and part.device.type == "cpu" and type(part) is Tensor:  # a fake one has no memory
         _op._C.advise_large_pages(part.data_ptr(), part.untyped_storage().nbytes())
     return like.zero_()
 
