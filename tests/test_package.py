@@ -69,15 +69,21 @@ def build_wheel(folder: Path, out: Path, **env: str) -> tuple[Path, str]:
     return wheel, log
 
 
+# What is tested is what gets into the wheel, not how fast that is.
+QUICK = {"FUSEDTRICKS_CPU": "baseline", "CXXFLAGS": "-O0"}
+
+
 @pytest.fixture(scope="module")
-def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(sdist, tmp_path_factory.mktemp("unpacked"))
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the sdist: what it forgets, the wheel lacks."""
     if not any(map(shutil.which, COMPILERS)):
         pytest.skip("no C++ compiler")
-    tmp = tmp_path_factory.mktemp("wheel")
-    # What is tested is what gets into the wheel, not how fast that is.
-    quick = {"FUSEDTRICKS_CPU": "baseline", "CXXFLAGS": "-O0"}
-    return build_wheel(unpack(sdist, tmp / "source"), tmp / "out", **quick)[0]
+    return build_wheel(unpacked, tmp_path_factory.mktemp("wheel"), **QUICK)[0]
 
 
 def install(wheel: Path, folder: Path) -> Path:
@@ -114,7 +120,11 @@ def test_wheel_has_no_stray_package(wheel: Path) -> None:
     assert {t for t in top if not t.endswith(".dist-info")} == {"fusedtricks"}
     assert not top & set(NOT_OURS)
     assert "fusedtricks/triton_kernels/__init__.py" in names
-    assert any(name.startswith("fusedtricks/_C") and name.endswith(".so") for name in names)
+    assert libraries(names) == ["_C", "_node", "_plan"]
+
+
+def libraries(names: list[str]) -> list[str]:
+    return sorted(Path(name).name.split(".")[0] for name in names if name.endswith(".so"))
 
 
 def test_wheel_runs_in_another_environment(wheel: Path, tmp_path: Path) -> None:
@@ -128,6 +138,27 @@ def test_wheel_runs_in_another_environment(wheel: Path, tmp_path: Path) -> None:
         "assert importlib.util.find_spec('fusedtricks.triton_kernels'); print('good')"
     )
     assert "good" in run(python, "-c", code, cwd=tmp_path)
+
+
+def test_torch_whose_headers_do_not_fit(wheel: Path, unpacked: Path, tmp_path: Path) -> None:
+    """What is built on the stable ABI is there all the same, and the library of an earlier build is not."""
+    source = unpacked / "csrc" / "node.cpp"
+    text = source.read_text()
+    try:
+        source.write_text("#error no such header\n" + text)
+        other, log = build_wheel(unpacked, tmp_path / "out", **QUICK)
+    finally:
+        source.write_text(text)
+    assert "csrc/node.cpp does not build with this torch" in log
+    with zipfile.ZipFile(other) as file:
+        assert libraries(file.namelist()) == ["_C", "_plan"]
+    code = (
+        "import torch, fusedtricks; from fusedtricks import _op;"
+        "y = fusedtricks.nn.LayerNorm(8)(torch.randn(4, 8)); y.sum().backward();"
+        "assert _op._node is None; assert isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction);"
+        "print('good')"
+    )
+    assert "good" in run(install(other, tmp_path / "env"), "-c", code, cwd=tmp_path)
 
 
 def test_installs_without_a_compiler_and_says_so(sdist: Path, tmp_path: Path) -> None:
