@@ -156,7 +156,7 @@ def backend(name: str) -> Iterator[None]:
 def _force(name: str | None) -> None:
     global _forced
     _forced = name
-    if _node is not None:
+    if _node is not None and not torch.compiler.is_compiling():  # what is compiled asks the variable, while traced
         _node.force(name is not None)
 
 

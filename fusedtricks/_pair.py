@@ -110,4 +110,4 @@ def _inner(kind: Any) -> Any:
 
 def recorded(of: Callable[..., Any] | None, *args: Any) -> Any:
     """What the pair `of` returns, with its gradient recorded where one is wanted; None: Python has to do it."""
-    return None if of is None or torch.compiler.is_compiling() else of(*args)
+    return None if of is None or _op._forced is not None or torch.compiler.is_compiling() else of(*args)

@@ -278,6 +278,33 @@ def test_forced_in_backward_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_back_end_forced_in_what_is_compiled(fullgraph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the block is left in the middle, for a call that is not compiled."""
+    from fusedtricks.ops.layer_norm import layer_norm_fwd
+
+    def norm(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (5,))
+
+    ran, right = [], layer_norm_fwd.implementation("reference")
+    if not fullgraph:
+        norm = torch._dynamo.disable(norm)
+        seen = {"reference": lambda *args: ran.append(True) or right(*args)}
+        monkeypatch.setattr(layer_norm_fwd, "_implementations", seen)
+
+    def call(x: Tensor) -> Tensor:
+        with fusedtricks.backend("reference"):
+            return norm(x) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=fullgraph, backend="eager")
+    x = torch.randn(3, 5, requires_grad=True)
+    y = compiled(x)
+    assert fullgraph or ran
+    torch.testing.assert_close(y, call(x))
+    assert in_cpp(F.layer_norm(x, (5,)).grad_fn)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_saved_tensor_hooks(name: str) -> None:
     packed: list[Tensor] = []
