@@ -22,6 +22,7 @@
 #include <torch/version.h>
 
 #include <atomic>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -350,11 +351,12 @@ class PairNode final : public autograd::Node {
   bool released_ = false;
 };
 
-// torch holds its nodes by one pointer or the other.
+// torch holds its nodes by one pointer or, before 2.13, by the other.
 template <class Pointer>
 Pointer make_node(const Pair& pair, autograd::edge_list&& edges) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<autograd::Node>>) {
-    return Pointer(new PairNode(pair, std::move(edges)));
+    // A long graph is taken apart without recursion.
+    return Pointer(new PairNode(pair, std::move(edges)), [](auto* node) { deleteNode(node); });
   } else {
     return c10::make_intrusive<PairNode>(pair, std::move(edges));
   }

@@ -409,6 +409,15 @@ def test_memory(name: str) -> None:
         gc.enable()
 
 
+def test_a_long_graph_is_taken_apart() -> None:
+    """Without recursion, which would run out of stack."""
+    x = torch.randn(1, 1, requires_grad=True)
+    y = x
+    for _ in range(100_000):
+        y = F.layer_norm(y, (1,))
+    del y
+
+
 def test_backward_from_threads() -> None:
     leaves = tensors()
     expected = {name: gradients(name) for name in CALLS}
