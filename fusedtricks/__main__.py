@@ -44,6 +44,7 @@ def environment() -> dict[str, str | int]:
         "torch's CUDA": torch.version.cuda or torch.version.hip or "none",
         "triton": triton,
         "compiled kernels": compiled,
+        "autograd nodes": "C++" if _op._node else "Python: fusedtricks._node was not built, or for another torch",
         "CUDA architectures": archs,
         "CPU": cpu_model(),
         "CPU threads": torch.get_num_threads(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,7 @@ def test_wheel_runs_in_another_environment(wheel: Path, tmp_path: Path) -> None:
     report = environment_report(python, tmp_path)
     assert "layer_norm_fwd" in report
     assert "cpu:baseline" in report
+    assert re.search(r"autograd nodes +C\+\+", report)
     code = (
         "import importlib.util, torch, fusedtricks;"
         "fusedtricks.nn.LayerNorm(8)(torch.randn(4, 8)).sum().backward();"
