@@ -518,6 +518,9 @@ def test_transforms_modes_and_subclasses_are_pythons(name: str) -> None:
     assert any(f"fusedtricks.{name}" in said for said in names)
     mapped = torch.vmap(lambda x: call(x, *rest), randomness="same")(torch.stack([x] * 2))
     torch.testing.assert_close(mapped[0], call(x, *rest))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(call(dual, *rest)).tangent is not None
 
 
 @contextlib.contextmanager
