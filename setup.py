@@ -165,6 +165,9 @@ class Build(build_ext):
             path.write_text(text)
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         ninja = [sys.executable, "-m", "ninja", "-C", str(build), *jobs]
+        # All at once, as far as they go; then each by itself says what it lacks.
+        if subprocess.run([*ninja, "-k", "0", "C", *HEADERS]).returncode == 0:
+            return
         subprocess.run([*ninja, "C"], check=True)
         for name in HEADERS:
             if subprocess.run([*ninja, name]).returncode:
@@ -175,7 +178,11 @@ class Build(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
-        self.extensions = [e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
+        names = {e.name: self.get_ext_filename(e.name) for e in self.extensions}
+        missing = [name for name, file in names.items() if not Path(self.build_lib, file).exists()]
+        for name in missing:  # nor may one of an earlier build stay
+            (ROOT / names[name]).unlink(missing_ok=True)
+        self.extensions = [e for e in self.extensions if e.name not in missing]
         super().copy_extensions_to_source()
 
 
