@@ -131,8 +131,8 @@ struct Total {
 };
 
 // Channels that are neighbours in memory and are worked on together: their sums first, then what is written, for which
-// they come from the caches. Memory is read in long runs that way, two runs at a time, which gives it more than twice
-// the speed of one short run after another. A channel's results do not depend on its group.
+// they come from the caches. Memory is read in long runs that way, two runs at a time, and serves them faster than one
+// short run after another. A channel's results do not depend on its group.
 //
 // Where planes are short, the end of a run and what belongs to its channel would cost more than its elements: all runs
 // of a group are then one, whose columns belong to channels in turn.
