@@ -1,4 +1,4 @@
-"""The optimizers' arguments, and what torch calls around a step: closures, hooks, profilers, torch.compile."""
+"""The optimizers' arguments, and what torch has about a step: closures, hooks, profilers, compilation, fake tensors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 from optim_cases import each_name, make
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, is_fake
 from torch.optim import optimizer
 
 from fusedtricks import optim
+from fusedtricks.ops import _optimizer
 
 
 @pytest.mark.parametrize(
@@ -123,3 +125,110 @@ def test_under_compile() -> None:
         step()
         b.step()
     assert torch.equal(p, q)
+
+
+# ---- fake tensors ----------------------------------------------------------------------------------------------------
+
+
+def _fakes(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """One laid out in rows, one in columns, one without a gradient."""
+    ps = [torch.nn.Parameter(t) for t in (torch.zeros(3, 4, dtype=dtype), torch.zeros(4, 3, dtype=dtype).t())]
+    for p in ps:
+        p.grad = torch.empty_like(p)
+    return [*ps, torch.nn.Parameter(torch.zeros(2, dtype=dtype))]
+
+
+def _metadata(o: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Of all states: fake or not, shape, dtype, device, strides."""
+    states = [o.state.get(p, {}) for group in o.param_groups for p in group["params"]]
+    return [{k: (is_fake(t), t.shape, t.dtype, t.device, t.stride()) for k, t in s.items()} for s in states]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["plan", "no plan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_name
+def test_fake_tensors(name: str, dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside the mode and outside, states are torch's, and no value and no address is asked for."""
+    if not native:
+        monkeypatch.setattr(_optimizer, "_plan", None)
+    with FakeTensorMode() as mode:
+        params = [_fakes(dtype) for _ in range(2)]
+        ours, theirs = (make(name, ps, theirs=ps is params[1]) for ps in params)
+        for o in (ours, theirs):
+            o.step()
+            o.step()
+    elsewhere = [make(name, ps, theirs=ps is params[1]) for ps in params]
+    for o, ps in zip(elsewhere, params, strict=True):  # counts are real then
+        for _ in range(2):
+            before = ps[0]._version
+            o.step()
+            assert ps[0]._version > before
+    assert _metadata(elsewhere[0]) == _metadata(elsewhere[1])
+    assert [s["step"] for s in elsewhere[0].state.values() if "step" in s] == [
+        s["step"] for s in elsewhere[1].state.values() if "step" in s
+    ]
+    with mode:
+        assert _metadata(ours) == _metadata(theirs)
+        assert [(p._version > 0, p.shape, p.stride()) for p in params[0]] == [
+            (p._version > 0, p.shape, p.stride()) for p in params[1]
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("master_weights", ["fp32", "remainder"])
+@each_name
+def test_fake_tensors_with_additions(name: str, master_weights: str, dtype: torch.dtype) -> None:
+    """States are those that real tensors get."""
+    additions = {"max_grad_norm": 1.0, "ema_decay": 0.9, "master_weights": master_weights}
+    with FakeTensorMode():
+        fake = make(name, _fakes(dtype), **additions)
+        for lr in (torch.full((), 0.1), 0.1):
+            fake.param_groups[0]["lr"] = lr
+            fake.step()
+        assert fake.grad_norm.shape == fake.step_skipped.shape == ()
+        with fake.averaged_parameters():
+            pass
+        fake.load_state_dict(fake.state_dict())
+        fake.step()
+    real = make(name, _fakes(dtype), **additions)
+    real.step()
+    of_fakes = [{k: v[1:] for k, v in s.items()} for s in _metadata(fake)]
+    assert of_fakes == [{k: v[1:] for k, v in s.items()} for s in _metadata(real)]
+    assert all(v[0] for s in _metadata(fake) for v in s.values())
+
+
+@each_name
+def test_fake_tensors_of_a_gpu(name: str) -> None:
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+        p.grad = torch.ones_like(p)
+        o = make(name, [p], max_grad_norm=1.0, capturable=True) if name == "AdamW" else make(name, [p])
+        for _ in range(2):
+            o.step()
+        made = [*o.state[p].values(), o._outcome]  # whose elements only a torch with CUDA takes out
+        assert all(is_fake(t) and t.device == p.device for t in made)
+
+
+@each_name
+def test_fake_tensors_without_gradients(name: str) -> None:
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.zeros(3))
+        o = make(name, [p])
+        for _ in range(2):
+            o.step()
+        p.grad = torch.zeros(3)
+        o.step()
+        assert p._version > 0
+
+
+@pytest.mark.parametrize("state", ["exp_avg", "step"])
+def test_fake_states_of_real_parameters(state: str) -> None:
+    """Left by a step in a mode that it does not belong in: refused, where a kernel would have been given no address."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones_like(p)
+    o = optim.AdamW([p])
+    o.step()
+    with FakeTensorMode():
+        o.state[p][state] = torch.zeros(o.state[p][state].shape)
+    with pytest.raises((AssertionError, DataDependentOutputException)):
+        o.step()

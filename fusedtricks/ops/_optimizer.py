@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.optim import optimizer
 
 from fusedtricks._op import for_this_torch
 from fusedtricks.ops import _table
-from fusedtricks.ops._shard import Shard
+from fusedtricks.ops._shard import Shard, local
 from fusedtricks.ops._states import States, follow, kind_of
 from fusedtricks.ops._table import Row
 
@@ -280,10 +281,13 @@ class FusedOptimizer(States):
             shard.run(self.rule.op, changes, grad_scale, found_inf, norm, self.max_grad_norm)
         if self._aside or self._sparse:
             self._run_aside(grad_scale, found_inf, norm)
+        for p in self._fakes:
+            if "step" in self.state.get(p, ()):
+                self.state[p]["step"] += 1
         if plan is not None:
             plan.bump_versions(grad_scale is not None)
         else:
-            rows = [p for shard in self._shards for p in shard.params]
+            rows = [*self._fakes, *(p for shard in self._shards for p in shard.params)]
             if rows:
                 torch.autograd.graph.increment_version(rows)
             if self.master_weights:
@@ -294,6 +298,8 @@ class FusedOptimizer(States):
         self._shards: list[Shard] = []
         self._aside: list[tuple[int, Row]] = []
         self._sparse: list[tuple[dict[str, Any], Tensor]] = []
+        # Without values or addresses: states of the right shapes, and their count, are all that a step can leave.
+        self._fakes: list[Tensor] = []
         self._absent: list[Tensor] = []
         # Parameters whose momentum buffer was made and is still to be set, and where it is told whether it has been.
         self._fresh: dict[Tensor, tuple[Shard, int] | Row | None] = {}
@@ -333,6 +339,9 @@ class FusedOptimizer(States):
                     self._drop([p] if p in fresh else ())
                     continue
                 row = self._row(group, p, stream, fresh)
+                if is_fake(p):
+                    self._fakes.append(p)
+                    continue
                 kind = None if p in seen else kind_of(row)
                 seen.add(p)
                 wrapped |= type(p) not in (Tensor, torch.nn.Parameter)
@@ -348,7 +357,10 @@ class FusedOptimizer(States):
         self._norm_apart = self.max_grad_norm is not None and bool(
             len(self._shards) > 1 or self._aside or self._sparse or wrapped
         )
-        self._outcome = self._shards[0].outcome if self._shards else torch.zeros(2)
+        if self._shards:
+            self._outcome = self._shards[0].outcome
+        else:
+            self._outcome = local(self._fakes[0]).new_zeros(2, dtype=torch.float32) if self._fakes else torch.zeros(2)
         self._remote = self._on_one_device()
         self._fresh = {p: None for p in self._absent if p in fresh}
         flagged = lambda row: row.flags & _table.FIRST_MOMENTUM  # noqa: E731
@@ -357,8 +369,10 @@ class FusedOptimizer(States):
             self._fresh.update({p: (shard, i) for i, (p, row) in numbered if flagged(row)})
         self._fresh.update({p: row for p, row in aside.items() if flagged(row)})
         self._plan = None
-        if _plan is None or wrapped or self._sparse or self._aside or len(self._shards) > 1:
-            self._read_hypers()
+        apart = wrapped or self._sparse or self._aside or self._fakes or len(self._shards) > 1
+        if _plan is None or apart or is_fake(hyper):
+            if self._shards or self._aside:
+                self._read_hypers()
             return
         columns = {key: list(places) for key, places in self._columns()}
         plan = _plan.Plan(self.param_groups, self.state, columns, set(SHAPING | self.rule.shape), hyper, self._remote)

@@ -151,7 +151,7 @@ def kind_of(row: Row) -> int | None:
     others = [t for t in (row.grad, *moments, row.master, row.ema) if t is not None]
     if any(t.device != p.device or t.shape != p.shape for t in others) or row.grad.dtype != p.dtype:
         return None
-    if any(not same_layout(t, p) for t in others[1:]) or type(row.grad) is not Tensor:
+    if any(not same_layout(t, p) for t in others[1:]):
         return None
     if (
         p.is_complex()
@@ -162,6 +162,6 @@ def kind_of(row: Row) -> int | None:
     ):
         return None
     scalars = [t for t in (row.step, row.factor) if t is not None]
-    if any(t.device != p.device for t in scalars):
+    if any(t.device != p.device for t in scalars) or any(type(t) is not Tensor for t in (*others, *scalars)):
         return None
     return _table.KINDS.get((p.dtype, moments[0].dtype if moments else p.dtype))
