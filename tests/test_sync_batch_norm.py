@@ -109,6 +109,76 @@ def test_two_processes_are_one_batch() -> None:
                 close(ranks[i]["state"][key].double(), value.double(), rtol=1e-5, atol=1e-5, msg=said)
 
 
+class Formula(torch.nn.Module):
+    """What `of` computes from a whole batch. (torch's third derivatives take the statistics for constants.)"""
+
+    def __init__(self, of: torch.nn.Module):
+        super().__init__()
+        self.eps = of.eps
+        for name in ("weight", "bias"):
+            p = getattr(of, name)
+            setattr(self, name, p if p is None else torch.nn.Parameter(p.detach().double()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        over = (0, *range(2, x.dim()))
+        mean = x.mean(over, keepdim=True)
+        var = (x - mean).square().mean(over, keepdim=True)
+        weight, bias = (p if p is None else p.reshape(mean.shape) for p in (self.weight, self.bias))
+        return (x - mean) / (var + self.eps).sqrt() * (1 if weight is None else weight) + (0 if bias is None else bias)
+
+
+def _derivatives(module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor, into_x: bool) -> list[list[torch.Tensor]]:
+    """The gradients of a loss, of a penalty on them, and of one on those.
+
+    What a process adds to a penalty is its own samples' part: over the processes they sum to that of the whole batch.
+    """
+    wanted = [*([x.requires_grad_()] if into_x else []), *module.parameters()]
+    loss = (module(x).square() * dy).sum()
+    found = []
+    for _ in range(3):
+        grads = torch.autograd.grad(loss, wanted, create_graph=True)
+        found.append([g.detach() for g in grads])
+        loss = sum((g * torch.linspace(1, 2, g.shape[-1], dtype=g.dtype)).sum() for g in grads)
+        if into_x:
+            loss = loss + (grads[0].flatten(1).square().sum(1) + 1e-3).sqrt().sum()
+    return found
+
+
+def _all_derivatives(rank: int, runs: list[tuple[torch.nn.Module, list, bool]]) -> list[list[list[torch.Tensor]]]:
+    return [_derivatives(copy.deepcopy(m), xs[rank], dys[rank], into_x) for m, [(xs, dys), _], into_x in runs]
+
+
+DOUBLE = {"dtype": torch.float64}
+# As RUNS; is the input differentiated, or the parameters alone?
+DERIVATIVES = {
+    **{
+        f"{split} {shape}": ((SPLITS[split], SHAPES[shape], torch.float64, 1.0, DOUBLE), True)
+        for split in SPLITS
+        for shape in SHAPES
+    },
+    "parameters": ((SPLITS["uneven"], SHAPES["planes"], torch.float64, 1.0, DOUBLE), False),
+    "parameters, an empty rank": ((SPLITS["an empty rank"], SHAPES["rows"], torch.float64, 1.0, DOUBLE), False),
+    "not affine": ((SPLITS["uneven"], SHAPES["planes"], torch.float64, 1.0, {"affine": False}), True),
+    "no bias": ((SPLITS["an empty rank"], SHAPES["rows"], torch.float64, 1.0, {"bias": False, **DOUBLE}), True),
+    "fp32": ((SPLITS["uneven"], SHAPES["planes"], torch.float32, 1.0, {}), True),
+    "a mean of 1e5": ((SPLITS["uneven"], SHAPES["planes"], torch.float32, 1e5, {}), True),
+}
+
+
+def test_derivatives_of_derivatives() -> None:
+    runs = [(*make(*run), into_x) for run, into_x in DERIVATIVES.values()]
+    both = on_two_processes(_all_derivatives, runs)
+    for name, (module, [(xs, dys), _], into_x), *found in zip(DERIVATIVES, runs, *both, strict=True):
+        truth = _derivatives(Formula(module), torch.cat(xs).detach().double(), torch.cat(dys).double(), into_x)
+        for order, (whole, *parts) in enumerate(zip(truth, *found, strict=True), 1):
+            for k, (right, *mine) in enumerate(zip(whole, *parts, strict=True)):
+                said = lambda m, of=f"{name}, order {order}, gradient {k}": f"{of}: {m}"  # noqa: E731
+                merged = (torch.cat(mine) if into_x and k == 0 else sum(mine)).double()
+                tolerance = 1e-9 if xs[0].dtype == torch.float64 else 1e-3
+                scale = max([1.0, *right.abs().flatten().tolist()])
+                close(merged, right, rtol=0, atol=tolerance * scale, msg=said)
+
+
 def _group(rank: int, x: torch.Tensor) -> torch.Tensor:
     groups = [dist.new_group([r]) for r in range(2)]
     return fusedtricks.nn.SyncBatchNorm(4, process_group=groups[rank])(x + rank * x.square())

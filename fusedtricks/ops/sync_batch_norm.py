@@ -3,7 +3,8 @@
 One collective per direction. Forward: every process sends (count, mean, sum of squares about it) of its own batch,
 packed in fp64, and merges what all sent in the order of the ranks (Chan, Golub, LeVeque 1979), so counts may differ and
 may be zero. Backward: the sums of g and g x^. The gradients of weight and bias are those of the own batch, as in
-torch.nn.SyncBatchNorm: DistributedDataParallel averages them.
+torch.nn.SyncBatchNorm: DistributedDataParallel averages them. A backward that must itself be differentiable also sums
+what the statistics are made of, for they depend on every process's x.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def _gathered(packed: Tensor, group: str) -> Tensor:
 
 
 def _summed(packed: Tensor, group: str) -> Tensor:
+    """Its derivative, which is torch's, sums gradients: what a process gave is in the sum that each of them got."""
     from torch.distributed import _functional_collectives as collectives
 
     return collectives.wait_tensor(collectives.all_reduce(packed, "sum", group))
@@ -59,6 +61,20 @@ def _merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total, mean, var
 
 
+def _rounded(mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean in `dtype`, and the part of it that is rounded away there."""
+    near = mean.to(dtype)
+    return near, (mean - near).to(dtype)
+
+
+def _differentiable_statistics(x: Tensor, total: Tensor, eps: float, group: str) -> Tensor:
+    """Those of forward as a function of all processes' x. An empty batch takes part, with sums of nothing."""
+    some, exact = total.clamp_min(1), x.double()
+    mean = _summed(exact.sum(bn.axes(x)), group) / some
+    var = _summed((exact - bn.over(x, mean)).square().sum(bn.axes(x)), group) / some
+    return bn.given_statistics(x, *_rounded(mean, bn.accumulate_dtype(x.dtype)), var, eps)
+
+
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -66,23 +82,24 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         total, exact, var = _merged(_gathered(_local_moments(x, eps), group))
         dtype = bn.accumulate_dtype(x.dtype)
-        mean = exact.to(dtype)
-        rest = (exact - mean).to(dtype)
+        mean, rest = _rounded(exact, dtype)
         y, stats, _ = batch_norm_apply(x, None, weight, bias, mean, rest, var.to(dtype), eps, bn.IDENTITY, 0.0, False)
         ctx.save_for_backward(x, weight, stats, total)
         ctx.mark_non_differentiable(stats, total)
-        ctx.group = group
+        ctx.eps, ctx.group = eps, group
         return y, stats, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if differentiating():
-            raise RuntimeError("SyncBatchNorm: second derivatives over processes are not supported")
         x, weight, stats, total = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        op = batch_norm_bwd
+        if differentiating():
+            op = batch_norm_bwd.implementation("reference")
+            stats = _differentiable_statistics(x, total, ctx.eps, ctx.group)
 
         def run(sums: Tensor | None, training: bool, weight: Tensor | None, *need: bool) -> tuple[Tensor, ...]:
-            return batch_norm_bwd(
+            return op(
                 dy, x, None, weight, None, stats, None, sums, training, bn.IDENTITY, 0.0, need[0], False, *need[1:]
             )
 
@@ -99,12 +116,12 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
     """Drop-in for :class:`torch.nn.SyncBatchNorm`: same arguments, parameters and state_dict; see :func:`batch_norm`.
 
     Works on the CPU (gloo) as on GPUs (NCCL), with batches of different sizes and empty ones, and under
-    `torch.compile(fullgraph=True)`. In evaluation, and where there is one process, it is :class:`BatchNorm2d` for any
-    number of dimensions.
+    `torch.compile(fullgraph=True)`. Derivatives of any order are those of the sum of all processes' losses, and must be
+    asked for by all. In evaluation, and where there is one process, it is :class:`BatchNorm2d` for any number of
+    dimensions.
 
     Raises:
         ValueError: fewer than two dimensions, no channels; and those of :func:`batch_norm`.
-        RuntimeError: a second derivative is asked for.
     """
 
     def forward(self, input: Tensor) -> Tensor:
