@@ -46,6 +46,7 @@ class Function:
     stem: str = ""
 
     modes = ("forward", "forward+backward")
+    processes = 1  # where there are more, `measure` takes the place of bench.run.measure
 
     def bytes(self, mode: str, size: Size, dtype: torch.dtype) -> int:
         n = math.prod(size)
@@ -98,13 +99,14 @@ class Moved:
     budget: float
 
 
-def operations(stems: Sequence[str] = ()) -> dict[str, Any]:
-    """The declared operations, all or those named, in alphabetical order."""
+def operations(stems: Sequence[str] = (), *, processes: bool = False) -> dict[str, Any]:
+    """The declared operations, all or those named, in alphabetical order; with `processes` those over several too."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
         if not module.name.startswith("_") and (ROOT / "fusedtricks" / "ops" / f"{module.name}.py").exists():
             declared = getattr(importlib.import_module(f"bench.{module.name}"), "OPERATION", None)
-            if declared is not None:  # else a program of its own
+            # Else a program of its own.
+            if declared is not None and (processes or declared.processes == 1):
                 object.__setattr__(declared, "stem", module.name)
                 found[module.name] = declared
     unknown = set(stems) - set(found)

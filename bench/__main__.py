@@ -68,7 +68,8 @@ def main() -> None:
         raise SystemExit("bench: torch finds no GPU")
     if not args.system_heap:
         timing.keep_freed_memory()
-    chosen = operations(args.operation)
+    # Several processes on one GPU would measure who waits for whom.
+    chosen = operations(args.operation, processes=device == "cpu" and not args.accuracy)
     print(f"{report.device_name(device)}, torch {torch.__version__}, revision {report.revision()}\n")
 
     seconds = args.seconds or (0.2 if args.quick else 1.0)
@@ -93,7 +94,7 @@ def main() -> None:
                     bar.update(bar.task_ids[0], description=f"{operation.stem} {mode} {report.size(size)}")
                     mine.append(run.measure(operation, mode, size, dtype, device, seconds))
                     bar.advance(bar.task_ids[0])
-                report.show(operation.stem, *report.columns(mine))
+                report.show(f"{operation.stem} against {report.counterpart(operation)}", *report.columns(mine))
                 rows += mine
     if args.json:
         report.write_json(args.json, report.document(device, rows, wrong, args.system_heap, seconds))

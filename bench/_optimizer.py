@@ -68,6 +68,7 @@ class Optimizer:
     stem: str = ""
 
     modes = (ONE_GROUP, MANY_GROUPS)
+    processes = 1
 
     @property
     def stands_in_for(self) -> str:

@@ -234,6 +234,12 @@ def committed() -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
+def counterpart(operation: Any) -> str:
+    """A module or an optimizer of torch's, or a formula."""
+    name = operation.stands_in_for
+    return name if " " in name else f"torch.{name}"
+
+
 def _back_ends(stem: str) -> str:
     files = {
         "reference": f"fusedtricks/ops/{stem}.py",
@@ -263,11 +269,9 @@ def report() -> None:
     found = committed()
     head = ["operation", "stands in for", "back ends", "floor: forward, backward", "against torch on a CPU", "on a GPU"]
     body = []
-    for stem, op in operations().items():
+    for stem, op in operations(processes=True).items():
         figures = [_headline(stem, op, kind, found) for kind in ("cpu", "cuda")]
-        # A module or an optimizer of torch's, or a formula.
-        counterpart = op.stands_in_for if " " in op.stands_in_for else f"torch.{op.stands_in_for}"
-        body.append([f"`{stem}`", f"`{counterpart}`", _back_ends(stem), ", ".join(op.floors), *figures])
+        body.append([f"`{stem}`", f"`{counterpart(op)}`", _back_ends(stem), ", ".join(op.floors), *figures])
     between_markers(ROOT / "README.md", "operations", markdown(head, body))
     pages = [_device_page(folder, files) for folder, files in found.items()]
     if not any(content["kind"] == "cuda" for files in found.values() for content in files.values()):

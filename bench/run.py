@@ -117,6 +117,8 @@ def plan(operation: Any, quick: bool) -> list[tuple[torch.dtype, tuple[int, ...]
 
 
 def measure(operation: Any, mode: str, size: tuple[int, ...], dtype: torch.dtype, device: str, budget: float) -> Row:
+    if operation.processes > 1:
+        return operation.measure(mode, size, dtype, device, budget)
     for backend in our_backends(operation.stem, device):
         check(operation, mode, size, dtype, device, backend)
     tensors, nbytes = operation.tensors(mode, size, dtype, device), operation.bytes(mode, size, dtype)

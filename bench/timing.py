@@ -38,10 +38,14 @@ def copy(nbytes: int, device: str) -> Contestant:
     return Contestant(lambda: target.copy_(source))
 
 
-def interleaved(contestants: dict[str, Contestant], device: str, *, budget: float = 1.0) -> dict[str, Timing]:
-    """Time each contestant in about `budget` seconds each, one round of everybody after the other."""
-    rounds = _cpu_rounds if device == "cpu" else _cuda_rounds
-    return rounds(contestants, budget)
+def interleaved(
+    contestants: dict[str, Contestant], device: str, *, budget: float = 1.0, agreed: Callable[[float], float] = float
+) -> dict[str, Timing]:
+    """Time each contestant in about `budget` seconds each, one round of everybody after the other.
+
+    On a CPU, where several processes call together, `agreed` says what all of them go by.
+    """
+    return _cpu_rounds(contestants, budget, agreed) if device == "cpu" else _cuda_rounds(contestants, budget)
 
 
 def _timing(samples: list[float], host: float | None = None) -> Timing:
@@ -57,6 +61,9 @@ def _repeat(contestant: Contestant, times: int) -> float:
         return (time.perf_counter() - start) / times
 
 
+keeps_freed_memory = False
+
+
 def keep_freed_memory() -> None:
     """Let glibc reuse freed memory as caching allocators do, from here to the end of the process.
 
@@ -68,17 +75,21 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_max, 0)
+    global keeps_freed_memory
+    keeps_freed_memory = True
 
 
-def _cpu_rounds(contestants: dict[str, Contestant], budget: float) -> dict[str, Timing]:
+def _cpu_rounds(
+    contestants: dict[str, Contestant], budget: float, agreed: Callable[[float], float]
+) -> dict[str, Timing]:
     batch = {}
     for name, contestant in contestants.items():
         _repeat(contestant, 2)
         # Long enough that the clock and the switch of contestant do not show.
-        batch[name] = max(4, min(5000, round(10e-3 / _repeat(contestant, 3))))
+        batch[name] = int(agreed(max(4, min(5000, round(10e-3 / _repeat(contestant, 3))))))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     stop = time.perf_counter() + budget * len(contestants)
-    while time.perf_counter() < stop or len(next(iter(samples.values()))) < 7:
+    while agreed(time.perf_counter() < stop or len(next(iter(samples.values()))) < 7):
         for name, contestant in contestants.items():
             contestant.call()  # brings its own data and code back into the caches after the others
             samples[name].append(_repeat(contestant, batch[name]))

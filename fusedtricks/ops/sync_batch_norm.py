@@ -31,7 +31,9 @@ def _gathered(packed: Tensor, group: str) -> Tensor:
     """(W, *) from (*,): functional collectives are what torch.compile can trace."""
     from torch.distributed import _functional_collectives as collectives
 
-    return collectives.wait_tensor(collectives.all_gather_tensor(packed[None], 0, group))
+    # The second is the name before torch 2.13, which warns of it.
+    gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+    return collectives.wait_tensor(gather(packed[None], 0, group))
 
 
 def _summed(packed: Tensor, group: str) -> Tensor:
