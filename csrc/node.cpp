@@ -22,6 +22,7 @@
 #include <torch/version.h>
 
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -68,6 +69,7 @@ struct Pair {
   std::vector<Parameter> parameters;        // of forward
   size_t results = 0;                       // of forward
   std::vector<int> written;                 // parameters that forward writes to
+  int seed = 0;                             // parameter for which True stands for a new one; 0: none
   size_t returned = 0;                      // results that are returned, and differentiable
   std::vector<int> differentiable;          // parameters
   std::vector<int> gradients;               // for each of them the result of backward, or -1: the gradient itself
@@ -402,6 +404,12 @@ bool parse(const Parameter& parameter, PyObject* object, Stack& stack) {
   return false;
 }
 
+// As new_seed in fusedtricks/ops/_philox.py. A tensor that Python has seen costs more to keep and to let go of.
+Tensor new_seed(c10::Device device) {
+  constexpr auto kMax = std::numeric_limits<int64_t>::max();
+  return at::randint(-kMax - 1, kMax, {1}, at::TensorOptions().dtype(at::kLong).device(device));
+}
+
 // The results, recorded where a gradient is wanted; None where the Functions in Python must be asked.
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -411,8 +419,11 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (!ordinary()) Py_RETURN_NONE;
   Stack arguments;
   arguments.reserve(count);
+  const bool draw = pair.seed > 0 && args[pair.seed] == Py_True;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    if (!parse(pair.parameters[i], args[i], arguments)) {
+    if (draw && i == pair.seed) {
+      arguments.emplace_back();
+    } else if (!parse(pair.parameters[i], args[i], arguments)) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }
@@ -426,6 +437,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Stack results;
   {
     const py::gil_scoped_release no_gil;
+    if (draw) arguments[pair.seed] = new_seed(arguments[0].toTensor().device());
     const at::AutoDispatchBelowADInplaceOrView guard;
     results = arguments;
     pair.forward.callBoxed(&results);
@@ -492,6 +504,7 @@ py::object make(const std::string& name, const std::string& forward, const std::
   const auto& arguments = pair->forward.schema().arguments();
   for (size_t i = 0; i < arguments.size(); ++i) {
     pair->parameters.push_back(parameter_of(arguments[i]));
+    if (arguments[i].name() == "seed") pair->seed = static_cast<int>(i);
     const auto* alias = arguments[i].alias_info();
     if (alias != nullptr && alias->isWrite()) pair->written.push_back(static_cast<int>(i));
   }

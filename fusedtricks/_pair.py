@@ -34,6 +34,8 @@ def pair(
 ) -> Callable[..., Any] | None:
     """A callable that takes what `forward` takes and returns its first `returned` results; None without the library.
 
+    It also takes True for a `seed`, and then draws one on the device of the first argument (ops/_philox.py).
+
     The names in the two schemas say what an argument of `backward` is: `dy` the gradient of the result `y`, `x` the
     argument or result of `forward` of that name, `need_dx` whether x wants a gradient; and its result `dx` is that
     gradient. A result without a name is y in `forward`, and the gradient of the first argument in `backward`.

@@ -594,6 +594,25 @@ def test_modules_copy_and_pickle(module: torch.nn.Module) -> None:
         y.sum().backward()
 
 
+def test_seeds_that_are_drawn() -> None:
+    """True is a seed, the same as in Python, and nothing else; where Python has to do it, nothing is drawn yet."""
+    from fusedtricks.ops import dropout, layer_norm
+    from fusedtricks.ops._philox import DRAW, new_seed
+
+    x = torch.ones(200)
+    for _ in range(3):
+        state = torch.get_rng_state()
+        y = dropout._node(x, DRAW, 30000, 1)
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        assert torch.equal(y, dropout.dropout_fwd(x, new_seed(x.device), 30000, 1))
+        assert torch.equal(after, torch.get_rng_state())
+    assert dropout._node(x, DRAW, 2**64, 1) is None
+    assert torch.equal(after, torch.get_rng_state())
+    assert dropout._node(x, False, 30000, 1) is None
+    assert layer_norm._node(x, True, None, 1e-5, 1) is None
+
+
 def test_arguments_a_node_does_not_take() -> None:
     """Go to Python, whose errors and conversions they get."""
     import numpy

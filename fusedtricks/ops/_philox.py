@@ -7,6 +7,8 @@ each, or to 4 b to 4 b + 3, 32 bits each, least significant bits of the first wo
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,15 @@ def random16(seed: Tensor, count: int, first: int = 0, stream: int = 0) -> Tenso
 def random32(seed: Tensor, count: int, first: int = 0, stream: int = 0) -> Tensor:
     """(count,) int64 values below 2^32 of the elements from `first` on; `seed` a one-element int64 tensor."""
     return _words(seed, first // 4, (first % 4 + count + 3) // 4, stream).reshape(-1)[first % 4 :][:count]
+
+
+# In the place of a seed: one is to be drawn from torch's default generator.
+DRAW: Literal[True] = True
+Seed = Tensor | Literal[True]
+
+
+def drawn(seed: Seed | None, device: torch.device) -> Tensor | None:
+    return new_seed(device) if seed is DRAW else seed
 
 
 def new_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from fusedtricks._op import Op, transforming
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm
 from fusedtricks.ops._mixing import check_in_place
-from fusedtricks.ops._philox import new_seed, random16
+from fusedtricks.ops._philox import DRAW, Seed, drawn, new_seed, random16
 
 # Element i of x, counted in row-major order whatever the strides, belongs to group i // group, and is kept if the 16
 # random bits of its group (_philox.py) are below `keep`, 0 to 65536. What is kept is scaled by 65536 / keep, the rest
@@ -24,7 +24,7 @@ dropout_fwd_ = Op("dropout_fwd_(Tensor(a!) x, Tensor seed, int keep, int group) 
 
 def keep_of(p: float) -> int:
     """How many of the 65536 values of 16 bits keep an element: never none unless p is 1."""
-    return 0 if p == 1 else max(1, round((1 - p) * 65536))
+    return 0 if p == 1 else round((1 - p) * 65536) or 1
 
 
 def kept(shape: torch.Size, seed: Tensor, keep: int, group: int) -> Tensor:
@@ -74,9 +74,10 @@ class _Dropout(torch.autograd.Function):
 _node = pair(_Dropout, dropout_fwd, dropout_fwd, given={"x": "dy"}, laid_out=("x",))
 
 
-def run(x: Tensor, seed: Tensor, keep: int, group: int, inplace: bool = False) -> Tensor:
+def run(x: Tensor, seed: Seed, keep: int, group: int, inplace: bool = False) -> Tensor:
     if not inplace and (y := recorded(_node, x, seed, keep, group)) is not None:
         return y
+    seed = drawn(seed, x.device)
     if transforming():
         y = drop(x, seed, keep, group)
         return x.copy_(y) if inplace else y
@@ -105,7 +106,8 @@ def _dropout(
         check_in_place("dropout", input)
     if p == 1:
         return input.zero_() if inplace else torch.where(input.new_zeros((), dtype=torch.bool), input, 0.0)
-    return run(input, new_seed(input.device, generator), keep_of(p), group, inplace)
+    seed = DRAW if generator is None else new_seed(input.device, generator)
+    return run(input, seed, keep_of(p), group, inplace)
 
 
 def dropout(

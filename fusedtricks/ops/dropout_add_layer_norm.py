@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedtricks._op import Op, differentiating, transforming
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm, layer_norm, rms_norm
-from fusedtricks.ops._philox import new_seed
+from fusedtricks.ops._philox import DRAW, Seed, drawn, new_seed
 from fusedtricks.ops.dropout import drop, keep_of
 
 # z = dropout(x) + residual, y = LayerNorm(z) with `center`, else RMSNorm(z), over the trailing `dims` dimensions. All
@@ -151,7 +151,7 @@ def run(
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    seed: Tensor | None,
+    seed: Seed | None,
     keep: int,
     eps: float,
     dims: int,
@@ -161,6 +161,7 @@ def run(
     args = (weight, bias, seed, keep, eps, dims, center)
     if x.is_contiguous() and residual.is_contiguous() and (both := recorded(_node, x, residual, *args)) is not None:
         return both
+    args = (weight, bias, drawn(seed, x.device), keep, eps, dims, center)
     if transforming():
         y, z, _ = dropout_add_layer_norm_fwd.implementation("reference")(x, residual, *args)
         return y, z
@@ -225,7 +226,9 @@ def dropout_add_layer_norm(
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         weight, bias = (t.to(_norm.accumulate_dtype(x.dtype)) for t in (weight, bias))
     random = training and p > 0 and x.numel() > 0
-    seed, keep = (new_seed(x.device, generator), keep_of(p)) if random else (None, 65536)
+    seed, keep = None, 65536
+    if random:
+        seed, keep = DRAW if generator is None else new_seed(x.device, generator), keep_of(p)
     y, z = run(x, residual, weight, bias, seed, keep, eps, dims, not rms)
     return (y, z) if prenorm else y
 
