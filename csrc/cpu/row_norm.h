@@ -1,8 +1,8 @@
 // Layer and RMS normalization over rows, on the CPU: everything of layer_norm.cpp and rms_norm.cpp but the signatures.
 // Center is true for layer normalization.
 //
-// A row is read from memory once: the second pass over it finds it in the caches. Bytes that must move, for n
-// elements of s bytes: forward 2ns, backward 3ns.
+// A row is read from memory once: the second pass over it finds it in the caches, and meanwhile the rows that are next
+// travel there. Bytes that must move, for n elements of s bytes: forward 2ns, backward 3ns.
 #pragma once
 
 #include <cmath>
@@ -59,11 +59,11 @@ inline Normalize<A> measure(const T* x, int64_t columns, A eps) {
   return {mean, (shift - mean) + rest, rstd};
 }
 
-// Wide rows are dealt with in blocks of four, which share each visit to weight, bias and the sums of dweight and dbias.
-// Of narrower rows these stay in the first-level cache, and one row at a time is faster; except for very narrow ones,
-// whose short chains of dependent instructions run side by side in a block.
+// Rows are dealt with in blocks of four, which share each visit to weight, bias and the sums of dweight and dbias, and
+// whose chains of dependent instructions run side by side. Forward, rows of middling width, whose weight and bias stay
+// in the first-level cache, are faster one at a time.
 inline constexpr int kMostRows = 4;
-inline int block_rows(int64_t columns) { return columns > 1024 || columns < 128 ? kMostRows : 1; }
+inline int forward_together(int64_t columns) { return columns > 1024 || columns < 128 ? kMostRows : 1; }
 
 // run.operator()<Stream, Count>() for a block of `count` rows, four or one.
 template <class F>
@@ -75,15 +75,16 @@ inline __attribute__((always_inline)) void with_block(bool stream, int count, co
   }
 }
 
-// How tensor 0 of `rows`, which begins at `p`, is stored: past the caches or not, and how many rows a block has. Rows
-// that are not aligned to what one store writes have heads of different lengths, and are streamed one by one.
+// How tensor 0 of `rows`, which begins at `p`, is stored: past the caches or not, and how many rows a block has:
+// `at_best`, but rows that are not aligned to what one store writes have heads of different lengths, and are streamed
+// one by one.
 struct Storing {
   bool stream;
   int together;
 
   template <class T, int K>
-  Storing(const Rows<K>& rows, const T* p, int64_t columns, int64_t tensors)
-      : stream(worth_streaming(tensors * rows.count * columns * int64_t{sizeof(T)})), together(block_rows(columns)) {
+  Storing(const Rows<K>& rows, const T* p, int64_t columns, int64_t tensors, int at_best)
+      : stream(worth_streaming(tensors * rows.count * columns * int64_t{sizeof(T)})), together(at_best) {
     auto places = reinterpret_cast<uintptr_t>(p);
     for (int level = 0; level < rows.levels; ++level) places |= rows.stride[0][level] * sizeof(T);
     if (!stream || places % (kLanes<Acc<T>> * sizeof(T)) == 0) return;
@@ -103,6 +104,24 @@ inline __attribute__((always_inline)) void sweep_block(const T* p, int64_t colum
   }
   sweep<A, Count == 1 ? 4 : 1>(head, columns, std::forward<F>(f));
 }
+
+// The rows of tensor k, which begins at `p`, from where the walk stands: they come after a block, and are fetched while
+// it is finished.
+template <class T>
+struct Ahead {
+  const T* first;
+  int64_t pitch;
+
+  template <int K>
+  Ahead(const Rows<K>& rows, const typename Rows<K>::Walk& at, int k, const T* p)
+      : first(p + at.offset[k]), pitch(rows.levels > 0 ? rows.stride[k][rows.levels - 1] : 0) {}
+
+  template <int Count>
+  inline __attribute__((always_inline)) void fetch(int64_t j) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < Count; ++i) __builtin_prefetch(first + i * pitch + j, 0, 2);
+  }
+};
 
 template <bool Center, class A>
 inline __attribute__((always_inline)) Vec<A> normalized(const Normalize<Vec<A>>& n, Vec<A> x) {
@@ -125,12 +144,14 @@ struct ForwardRow {
 };
 
 template <bool Center, bool Affine, bool Stream, int Count, class T, class A = Acc<T>>
-inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* bias, int64_t columns) {
+inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* bias, int64_t columns,
+                           const Ahead<T>& next_x) {
   const T* x[Count];
   T* y[Count];
   Normalize<Vec<A>> n[Count];
   for (int i = 0; i < Count; ++i) x[i] = row[i].x, y[i] = row[i].y, n[i] = spread(row[i].n);
   sweep_block<Stream, Count>(y[0], columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+    next_x.template fetch<Count>(j);
     Vec<A> w, b;
     if constexpr (Affine) w = load(weight + j, lanes);
     if constexpr (Affine && Center) b = load(bias + j, lanes);
@@ -157,7 +178,7 @@ struct RowsAsTheyAre {
 template <bool Center, bool Affine, class T, class Prepare, class A = Acc<T>>
 void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weight, const A* bias, int64_t columns,
                   A eps, const Prepare& prepare) {
-  const Storing storing(rows, y, columns, 2);
+  const Storing storing(rows, y, columns, 2, forward_together(columns));
   parallel(rows.count, columns, [&](int64_t begin, int64_t end) {
     typename Rows<3>::Walk at(rows, begin);
     for (int64_t left = end - begin; left > 0;) {
@@ -178,8 +199,9 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
         }
         if (--left > 0) at.next();
       }
+      const Ahead<T> next_x(rows, at, 1, x);
       with_block(storing.stream, count, [&]<bool Stream, int Count>() {
-        normalize_rows<Center, Affine, Stream, Count>(block, weight, bias, columns);
+        normalize_rows<Center, Affine, Stream, Count>(block, weight, bias, columns, next_x);
       });
     }
     if (storing.stream) streamed();
@@ -278,7 +300,7 @@ struct GradientAsItIs {
 // dx of the rows, and their part of dweight and dbias in one visit to the sums.
 template <bool Center, bool Dx, bool Parameters, bool Stream, int Count, class T, class Finish, class A = Acc<T>>
 inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight, A* dbias, int64_t columns,
-                          const Finish& finish) {
+                          const Ahead<T>& next_dy, const Ahead<T>& next_x, const Finish& finish) {
   const T *dy[Count], *x[Count];
   T* dx[Count];
   Normalize<Vec<A>> n[Count];
@@ -288,6 +310,8 @@ inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight
     mean_g[i] = broadcast(row[i].mean_g), mean_gx[i] = broadcast(row[i].mean_gx);
   }
   sweep_block<Stream, Count>(dx[0], columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+    next_dy.template fetch<Count>(j);
+    next_x.template fetch<Count>(j);
     Vec<A> dw{}, db{};
     const Vec<A> w = Dx && weight ? load(weight + j, lanes) : broadcast(A(1));
 #pragma GCC unroll 4
@@ -331,7 +355,7 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
   const int64_t width = Center ? 2 * columns : columns;
   // What is read again, or never stored, counts as nothing to stream.
   constexpr bool kReadsStored = decltype(make.template make<T>())::kReadsStored;
-  const Storing storing(rows, dx, columns, Dx && !kReadsStored ? 3 : 0);
+  const Storing storing(rows, dx, columns, Dx && !kReadsStored ? 3 : 0, kMostRows);
   parallel(chunks.count, chunks.rows_each * columns, [&](int64_t begin, int64_t end) {
     auto finish = make.template make<T>();
     // Last chunk first: of x and dy the end was written or read most recently, and may still be in a cache.
@@ -351,9 +375,11 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
           finish.begin(i, at.offset[3]);
           if (--left > 0) at.next();
         }
+        const Ahead<T> next_dy(rows, at, 2, dy), next_x(rows, at, 1, x);
         with_block(storing.stream, count, [&]<bool Stream, int Count>() {
           if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
-          backward_rows<Center, Dx, Parameters, Dx && Stream, Count>(block, weight, dweight, dbias, columns, finish);
+          backward_rows<Center, Dx, Parameters, Dx && Stream, Count>(block, weight, dweight, dbias, columns, next_dy,
+                                                                     next_x, finish);
         });
       }
     }
