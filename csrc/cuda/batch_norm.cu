@@ -23,22 +23,31 @@ Triple batch_norm_fwd(const Tensor& x, const MaybeTensor& residual, const MaybeT
                                                       int threads) {
     using A = Acc<T>;
     if (counter) a.tracked = static_cast<int64_t*>(counter->mutable_data_ptr());
-    if (blocks > 0) {
+    if (mean) {
+      a.running_mean = mean->mutable_data_ptr(), a.mean_dtype = mean->scalar_type();
+      a.running_var = var->mutable_data_ptr(), a.var_dtype = var->scalar_type();
+    }
+    a.cumulative = !momentum;
+    a.momentum = static_cast<A>(momentum.value_or(0.0));
+    std::optional<ResidentBlock> resident;
+    if constexpr (Planes) {
+      if (need_y) resident = resident_block<T>(a.lines, 1, false, device);
+      if (resident) {
+        a.lines = whole(a.lines);
+        device.launch(forward_resident<T, Width>, a.lines.C, resident->threads, resident->shared, a);
+      }
+    }
+    if (blocks > 0 && !resident) {
       const int64_t columns = Planes ? a.lines.C : a.lines.length, groups = Planes ? a.lines.C : a.lines.strips;
       const Tensor parts = empty({4, a.lines.chunks, columns}, scalar_type<A>, x);
       const Tensor counters = empty({groups}, ScalarType::Int, x);
       a.parts = static_cast<A*>(parts.mutable_data_ptr());
       a.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
       device.zero(a.counters, groups * sizeof(unsigned));
-      if (mean) {
-        a.running_mean = mean->mutable_data_ptr(), a.mean_dtype = mean->scalar_type();
-        a.running_var = var->mutable_data_ptr(), a.var_dtype = var->scalar_type();
-      }
-      a.cumulative = !momentum;
-      a.momentum = static_cast<A>(momentum.value_or(0.0));
       device.launch(measure_channels<T, Width, Planes>, blocks, threads, shared_for<T, Planes>(threads), a);
     }
-    if (counter) device.launch(count_batch<T, 1>, 1, 1, 0, a);
+    if (counter && (a.cumulative || blocks == 0)) device.launch(count_batch<T, 1>, 1, 1, 0, a);
+    return resident.has_value();
   };
   const auto result =
       batch_forward({op, x, residual, weight, bias, eps, activation, slope, need_y, need_mask}, measure);
@@ -61,10 +70,11 @@ Triple batch_norm_apply(const Tensor& x, const MaybeTensor& residual, const Mayb
   check_channels(op, "rest", rest, x);
   check_channels(op, "var", var, x);
   auto take = [&]<class T, int Width, bool Planes>(const Device& device, BatchForward<T>& a, int64_t, int threads) {
-    if (a.lines.C == 0) return;
+    if (a.lines.C == 0) return false;
     const KernelParameter<T> m(mean), r(rest), v(var);
     device.launch(take_statistics<T, 1>, ceil_div(a.lines.C, threads), threads, 0, a, static_cast<Parameter>(m),
                   static_cast<Parameter>(r), static_cast<Parameter>(v));
+    return false;
   };
   return batch_forward({op, x, residual, weight, bias, eps, activation, slope, true, need_mask}, take);
 }
@@ -129,8 +139,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
     a.dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr;
     a.dbias = need_dbias ? dbias.mutable_data_ptr() : nullptr;
     a.parameter_dtype = parameter_dtype;
-    const int64_t groups = shape.planes() ? channels : a.lines.strips, blocks = a.lines.chunks * groups;
     Tensor parts, counters, sums;
+    if (later) {
+      sums = empty({2, channels}, scalar_type<A>, input);
+      a.sums = static_cast<A*>(sums.mutable_data_ptr());
+    }
+    const int width = width_of<T>(a.lines, {a.dy, a.x, a.residual, a.dx, a.dresidual});
+    const auto resident =
+        later && shape.planes() ? resident_block<T>(a.lines, a.residual ? 3 : 2, a.bits, device) : std::nullopt;
+    if (resident) {
+      a.lines = whole(a.lines);
+      return with_width<T>(width, [&]<int Width>() {
+        device.launch(backward_resident<T, Width>, channels, resident->threads, resident->shared, a);
+      });
+    }
+    const int64_t groups = shape.planes() ? channels : a.lines.strips, blocks = a.lines.chunks * groups;
     if (summing) {
       parts = empty({2, a.lines.chunks, shape.planes() ? channels : a.lines.length}, scalar_type<A>, input);
       counters = empty({groups}, ScalarType::Int, input);
@@ -138,12 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
       a.counters = static_cast<unsigned*>(counters.mutable_data_ptr());
       device.zero(a.counters, groups * sizeof(unsigned));
     }
-    if (later) {
-      sums = empty({2, channels}, scalar_type<A>, input);
-      a.sums = static_cast<A*>(sums.mutable_data_ptr());
-    }
     if (depends && given) a.means = static_cast<const A*>(given->const_data_ptr());
-    with_width<T>(width_of<T>(a.lines, {a.dy, a.x, a.residual, a.dx, a.dresidual}), [&]<int Width>() {
+    with_width<T>(width, [&]<int Width>() {
       auto run = [&]<bool Planes>() {
         const int64_t shared = shared_for<T, Planes>(threads);
         if (summing && writing && !later) {

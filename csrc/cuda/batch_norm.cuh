@@ -7,8 +7,11 @@
 //   forward    first launch: statistics, the last block of a group of channels combines      1 ns
 //              second launch, in the opposite order: x again, residual, y                    2 ns (3 ns and n / 8)
 //   backward   the same; one launch where dx does not depend on sums over the batch          5 ns (6 ns and n / 4)
+//   resident   planes of a channel that a block holds (batch_norm_resident.cuh), one launch
+//              forward: x, residual, y                                                       2 ns (3 ns and n / 8)
+//              backward: dy, x, dx, gradient of the residual                                 3 ns (4 ns and n / 8)
 //
-// Besides: a few numbers for each chunk and channel.
+// In brackets: with a residual and the signs of z. Besides: a few numbers for each chunk and channel.
 #pragma once
 
 #include "math/batch_norm.h"

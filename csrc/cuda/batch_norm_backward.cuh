@@ -1,7 +1,7 @@
 // Backward of batch normalization: regimes and bytes are in batch_norm.cuh.
 #pragma once
 
-#include "batch_norm.cuh"
+#include "batch_norm_resident.cuh"
 
 namespace fusedtricks::cuda {
 
@@ -41,6 +41,88 @@ __device__ __forceinline__ A activate_backward(int activation, A g, A z, A slope
   }
 }
 
+// ---- parts of a bundle's way ----------------------------------------------------------------------------------------
+
+template <class T>
+struct BackwardBundle {
+  Bundle<T> dy{}, x{}, residual{};
+  unsigned bits = 0;
+
+  template <int Width, Cache cache, class Place>
+  __device__ __forceinline__ void read(const BatchBackward<T>& a, const Place& place) {
+    load_bundle<Width, cache>(a.dy + place.element, place.count, dy.at);
+    load_bundle<Width, cache>(a.x + place.element, place.count, x.at);
+    if (a.residual) load_bundle<Width, cache>(a.residual + place.element, place.count, residual.at);
+    if (a.bits && place.count > 0) bits = a.bits[place.byte];
+  }
+
+  // g_i, the gradient of z.
+  template <bool Planes, class A>
+  __device__ __forceinline__ A gradient(const BatchBackward<T>& a, const ChannelValues<Planes, A>& values,
+                                        int i) const {
+    const A g = widen(dy.at[i]);
+    if (a.bits && (a.activation == kRelu || a.activation == kLeakyRelu)) {
+      const A low = a.activation == kLeakyRelu ? g * a.slope : A(0);
+      return bits >> i & 1 ? g : low;
+    }
+    if (a.activation == kIdentity) return g;
+    A z = values.preactivation(widen(x.at[i]), i);
+    if (a.residual) z += widen(residual.at[i]);
+    return activate_backward(a.activation, g, z, a.slope);
+  }
+};
+
+// Sums of g and g (x - mean).
+template <bool Planes, class A, int K = kColumns<Planes>>
+__device__ __forceinline__ void add_gradient(const ChannelValues<Planes, A>& values, int i, A g, A x, A (&sums)[2][K]) {
+  const int k = Planes ? 0 : i;
+  sums[0][k] += g;
+  sums[1][k] += g * (x - values.mean[k]);
+}
+
+// The sum of g x^ from these.
+template <class T, class A>
+__device__ __forceinline__ A project(const BatchBackward<T>& a, int64_t c, A sum_g, A sum_gd) {
+  const A rest = a.stats[a.lines.C + c], rstd = a.stats[2 * a.lines.C + c];
+  return rstd * (sum_gd - rest * sum_g);
+}
+
+// What sums of g and g x^ over a channel are wanted for.
+template <class T>
+__device__ __forceinline__ void store_sums(const BatchBackward<T>& a, int64_t c, double g, double gx) {
+  using A = Acc<T>;
+  if (a.dbias) store_as(a.parameter_dtype, a.dbias, c, g);
+  if (a.dweight) store_as(a.parameter_dtype, a.dweight, c, gx);
+  if (!a.sums) return;
+  a.sums[c] = static_cast<A>(g / static_cast<double>(a.samples));
+  a.sums[a.lines.C + c] = static_cast<A>(gx / static_cast<double>(a.samples));
+}
+
+// offset and slope of ChannelBackward, for the columns of a thread.
+template <bool Planes, class A>
+struct Corrections {
+  static constexpr int K = kColumns<Planes>;
+  A offset[K] = {}, incline[K] = {};
+
+  template <class T>
+  __device__ __forceinline__ void read(const BatchBackward<T>& a, const A* means, const Walk<Planes>& walk) {
+    const int64_t C = a.lines.C;
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const int64_t c = Planes ? walk.channel : (walk.column + i) % C;
+      const A rest = a.stats[C + c], rstd = a.stats[2 * C + c], mean_gx = means[C + c];
+      incline[i] = rstd * mean_gx;
+      offset[i] = means[c] - rest * incline[i];
+    }
+  }
+  __device__ __forceinline__ A gradient(const ChannelValues<Planes, A>& values, int i, A g, A x) const {
+    const int k = Planes ? 0 : i;
+    return ChannelBackward<A>{values.mean[k], values.scale[k], offset[k], incline[k]}(g, x);
+  }
+};
+
+// ---- kernels --------------------------------------------------------------------------------------------------------
+
 // Sums: dweight, dbias, and the means that dx needs. Writes: dx and dresidual. One launch does both where it can.
 template <class T, int Width, bool Planes, bool Summing, bool Writing>
 __device__ __forceinline__ void walk_backward(const BatchBackward<T>& a) {
@@ -52,49 +134,23 @@ __device__ __forceinline__ void walk_backward(const BatchBackward<T>& a) {
   Walk<Planes> walk(s, Summing ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
   ChannelValues<Planes, A> values;
   values.template read<T>(s, a.stats, a.weight, a.bias, walk);
-  A offset[K] = {}, incline[K] = {};
-  if (Writing && a.means) {
-#pragma unroll
-    for (int i = 0; i < K; ++i) {
-      const int64_t c = Planes ? walk.channel : (walk.column + i) % s.C;
-      const A rest = a.stats[s.C + c], rstd = a.stats[2 * s.C + c], mean_gx = a.means[s.C + c];
-      incline[i] = rstd * mean_gx;
-      offset[i] = a.means[c] - rest * incline[i];
-    }
-  }
+  Corrections<Planes, A> corrections;
+  if (Writing && a.means) corrections.read(a, a.means, walk);
   A sums[2][K] = {};
-  const bool rectifies = a.activation == kRelu || a.activation == kLeakyRelu;
   for (; walk.at < walk.end; walk.at += walk.step) {
     const auto place = walk.place(s, walk.at);
     if (place.count <= 0) continue;
-    constexpr Cache kCache = Writing ? Cache::kStream : Cache::kKeep;
-    Bundle<T> dy{}, x{}, residual{};
-    load_bundle<Width, kCache>(a.dy + place.element, place.count, dy.at);
-    load_bundle<Width, kCache>(a.x + place.element, place.count, x.at);
-    if (a.residual) load_bundle<Width, kCache>(a.residual + place.element, place.count, residual.at);
-    const unsigned bits = a.bits ? a.bits[place.byte] : 0;
+    BackwardBundle<T> bundle;
+    bundle.template read<Width, Writing ? Cache::kStream : Cache::kKeep>(a, place);
     A dx[kBundle], g[kBundle];
 #pragma unroll
     for (int i = 0; i < kBundle; ++i) {
       const int k = Planes ? 0 : i;
-      const A xi = widen(x.at[i]);
-      g[i] = widen(dy.at[i]);
-      if (a.bits && rectifies) {
-        const A low = a.activation == kLeakyRelu ? g[i] * a.slope : A(0);
-        g[i] = bits >> i & 1 ? g[i] : low;
-      } else if (a.activation != kIdentity) {
-        A z = values.preactivation(xi, i);
-        if (a.residual) z += widen(residual.at[i]);
-        g[i] = activate_backward(a.activation, g[i], z, a.slope);
-      }
-      if (Summing) {
-        const bool live = i < place.count;
-        sums[0][k] += live ? g[i] : A(0);
-        sums[1][k] += live ? g[i] * (xi - values.mean[k]) : A(0);
-      }
+      const A x = widen(bundle.x.at[i]);
+      g[i] = bundle.gradient(a, values, i);
+      if (Summing) add_gradient(values, i, i < place.count ? g[i] : A(0), x, sums);
       if (Writing) {
-        dx[i] = ChannelBackward<A>{values.mean[k], values.scale[k], offset[k], incline[k]}(g[i], xi);
-        if (!a.means) dx[i] = values.scale[k] * g[i];
+        dx[i] = a.means ? corrections.gradient(values, i, g[i], x) : values.scale[k] * g[i];
       }
     }
     if (Writing) {
@@ -110,11 +166,9 @@ __device__ __forceinline__ void walk_backward(const BatchBackward<T>& a) {
       for (int i = 0; i < K; ++i) {
         const int64_t j = Planes ? walk.channel : walk.column + i;
         if (j >= columns) break;
-        const int64_t c = Planes ? j : j % s.C;
-        const A rest = a.stats[s.C + c], rstd = a.stats[2 * s.C + c];
         A* part = a.parts + walk.chunk * columns + j;
         part[0] = sums[0][i];
-        part[kind] = rstd * (sums[1][i] - rest * sums[0][i]);
+        part[kind] = project(a, Planes ? j : j % s.C, sums[0][i], sums[1][i]);
       }
     }
     int64_t begin, end;
@@ -124,13 +178,7 @@ __device__ __forceinline__ void walk_backward(const BatchBackward<T>& a) {
         const A* at = a.parts + q * columns + j;
         return Sums<double, 2>{{static_cast<double>(__ldcg(at)), static_cast<double>(__ldcg(at + kind))}};
       });
-      if (Planes && threadIdx.x != 0) return;
-      if (a.dbias) store_as(a.parameter_dtype, a.dbias, c, sum.at[0]);
-      if (a.dweight) store_as(a.parameter_dtype, a.dweight, c, sum.at[1]);
-      if (a.sums) {
-        a.sums[c] = static_cast<A>(sum.at[0] / static_cast<double>(a.samples));
-        a.sums[s.C + c] = static_cast<A>(sum.at[1] / static_cast<double>(a.samples));
-      }
+      if (!Planes || threadIdx.x == 0) store_sums(a, c, sum.at[0], sum.at[1]);
     });
   }
 }
@@ -144,6 +192,68 @@ template <class T, int Width, bool Planes, bool Summing>
 __global__ void __launch_bounds__(kChannelThreads, sizeof(T) == 8 || (Summing && !Planes) ? 1 : 2)
     backward_channels(const BatchBackward<T> a) {
   walk_backward<T, Width, Planes, Summing, true>(a);
+}
+
+// A block per channel, see batch_norm_resident.cuh. It holds x, dy, the residual if z is made of it, and the signs.
+template <class T, int Width>
+__global__ void __launch_bounds__(kResidentThreads<T>, 1) backward_resident(const BatchBackward<T> a) {
+  using A = Acc<T>;
+  constexpr int kAtOnce = kInFlight<T> > 1 ? kInFlight<T> / 2 : 1;
+  const Lines& s = a.lines;
+  Group group(blockDim.x);
+  const Walk<true> walk(s, blockIdx.x);
+  const int tensors = a.residual ? 3 : 2;
+  const Held<T> held_dy(s, 0), held_x(s, 1), held_residual(s, 2);
+  unsigned char* held_bits = reinterpret_cast<unsigned char*>(Held<T>(s, tensors).vectors);
+  ChannelValues<true, A> values;
+  values.template read<T>(s, a.stats, a.weight, a.bias, walk);
+  A sums[2][1] = {};
+  for (int64_t first = walk.at; first < walk.end; first += kAtOnce * walk.step) {
+    BackwardBundle<T> bundle[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      bundle[k].template read<Width, Cache::kStream>(a, walk.place(s, first + k * walk.step));
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t at = first + k * walk.step;
+      const int count = walk.place(s, at).count;
+      if (count <= 0) break;
+      A part[2][1] = {};  // short chains round less
+#pragma unroll
+      for (int i = 0; i < kBundle; ++i) {
+        const A g = i < count ? bundle[k].gradient(a, values, i) : A(0);
+        add_gradient(values, i, g, widen(bundle[k].x.at[i]), part);
+      }
+      sums[0][0] += part[0][0];
+      sums[1][0] += part[1][0];
+      held_dy.put(at, bundle[k].dy);
+      held_x.put(at, bundle[k].x);
+      if (a.residual) held_residual.put(at, bundle[k].residual);
+      if (a.bits) held_bits[at] = static_cast<unsigned char>(bundle[k].bits);
+    }
+  }
+  join<true>(sums, 1, group);
+  if (threadIdx.x == 0) store_sums(a, walk.channel, sums[0][0], project(a, walk.channel, sums[0][0], sums[1][0]));
+  __syncthreads();
+  Corrections<true, A> corrections;
+  corrections.read(a, a.sums, walk);
+  for (int64_t at = walk.at; at < walk.end; at += walk.step) {
+    const auto place = walk.place(s, at);
+    BackwardBundle<T> bundle;
+    bundle.dy = held_dy.get(at);
+    bundle.x = held_x.get(at);
+    if (a.residual) bundle.residual = held_residual.get(at);
+    if (a.bits) bundle.bits = held_bits[at];
+    A dx[kBundle], g[kBundle];
+#pragma unroll
+    for (int i = 0; i < kBundle; ++i) {
+      g[i] = bundle.gradient(a, values, i);
+      dx[i] = corrections.gradient(values, i, g[i], widen(bundle.x.at[i]));
+    }
+    store_bundle<Width>(dx, place.count, a.dx + place.element);
+    if (a.dresidual) store_bundle<Width>(g, place.count, a.dresidual + place.element);
+  }
 }
 
 }  // namespace fusedtricks::cuda

@@ -1,7 +1,7 @@
 // Forward of batch normalization: regimes and bytes are in batch_norm.cuh.
 #pragma once
 
-#include "batch_norm.cuh"
+#include "batch_norm_resident.cuh"
 
 namespace fusedtricks::cuda {
 
@@ -41,21 +41,63 @@ __device__ __forceinline__ A activate(int activation, A z, A slope) {
   }
 }
 
+// mean, rest, rstd and var of a channel.
 template <class T>
-__device__ __forceinline__ void store_channel(const BatchForward<T>& a, int64_t c, double mean, double variance) {
+__device__ __forceinline__ void store_statistics(const BatchForward<T>& a, int64_t c, double mean, double variance) {
   using A = Acc<T>;
   const int64_t C = a.lines.C;
-  const A near = static_cast<A>(mean), rest = static_cast<A>(mean - near), var = static_cast<A>(variance);
+  const A near = static_cast<A>(mean);
+  if (variance < 0) variance = 0;
   a.stats[c] = near;
-  a.stats[C + c] = rest;
+  a.stats[C + c] = static_cast<A>(mean - near);
   a.stats[2 * C + c] = static_cast<A>(1 / ::sqrt(variance + a.eps));
-  a.stats[3 * C + c] = var;
+  a.stats[3 * C + c] = static_cast<A>(variance);
+}
+
+// By the thread that stored the statistics.
+template <class T>
+__device__ __forceinline__ void update_averages(const BatchForward<T>& a, int64_t c) {
+  using A = Acc<T>;
   if (!a.running_mean) return;
+  const int64_t C = a.lines.C;
+  const A mean = a.stats[c] + a.stats[C + c], var = a.stats[3 * C + c];
   const A factor = a.cumulative ? A(1) / static_cast<A>(*a.tracked + 1) : a.momentum;
   const A unbiased = var * (static_cast<A>(a.samples) / static_cast<A>(a.samples > 1 ? a.samples - 1 : 1));
   const A old_mean = load_as<A>(a.mean_dtype, a.running_mean, c), old_var = load_as<A>(a.var_dtype, a.running_var, c);
-  store_as(a.mean_dtype, a.running_mean, c, old_mean * (A(1) - factor) + (near + rest) * factor);
+  store_as(a.mean_dtype, a.running_mean, c, old_mean * (A(1) - factor) + mean * factor);
   store_as(a.var_dtype, a.running_var, c, old_var * (A(1) - factor) + unbiased * factor);
+}
+
+// The batch is counted by the launch that measures it, or, where blocks need the counter as it was, by one after it.
+template <class T>
+__device__ __forceinline__ void count_meanwhile(const BatchForward<T>& a) {
+  if (a.tracked && !a.cumulative && blockIdx.x == 0 && threadIdx.x == 0) *a.tracked += 1;
+}
+template <class T, int Width>
+__global__ void __launch_bounds__(1) count_batch(const BatchForward<T> a) {
+  *a.tracked += 1;
+}
+
+// Sums of d = x - shift, of d^2, and of the squares of what fits where those do not: of d scaled by kFit.
+template <class A>
+inline constexpr A kFit = sizeof(A) == 8 ? A(0x1p-400) : A(0x1p-80);
+
+template <bool Planes, class T, class A, int K = kColumns<Planes>>
+__device__ __forceinline__ void add_shifted(const Bundle<T>& x, int count, const A (&shift)[K], A (&sums)[3][K]) {
+#pragma unroll
+  for (int i = 0; i < kBundle; ++i) {
+    const int at = Planes ? 0 : i;
+    const A d = i < count ? widen(x.at[i]) - shift[at] : A(0), e = d * kFit<A>;
+    sums[0][at] += d;
+    sums[1][at] += d * d;
+    sums[2][at] += e * e;
+  }
+}
+template <class A, int K>
+__device__ __forceinline__ ShiftedSums<A> shifted_sums(const A (&shift)[K], const A (&sums)[3][K], int i) {
+  const bool over = !(sums[1][i] - sums[1][i] == A(0));
+  if (over) return {shift[i], sums[0][i] * kFit<A>, sums[2][i], A(1) / kFit<A>};
+  return {shift[i], sums[0][i], sums[1][i], A(1)};
 }
 
 template <class T, int Width, bool Planes>
@@ -63,11 +105,10 @@ __global__ void __launch_bounds__(kChannelThreads, !Planes && (sizeof(T) == 8 ||
     measure_channels(const BatchForward<T> a) {
   using A = Acc<T>;
   constexpr int K = kColumns<Planes>;
-  // Squares of what is scaled by it fit where those of d do not.
-  constexpr A kFit = sizeof(A) == 8 ? A(0x1p-400) : A(0x1p-80);
   const Lines& s = a.lines;
   Group group(blockDim.x);
   Walk<Planes> walk(s, blockIdx.x);
+  count_meanwhile(a);
   A shift[K] = {}, sums[3][K] = {};
   for (bool first = true; first || walk.at < walk.end; first = false) {
     Bundle<T> x[kInFlight<T>] = {};
@@ -93,16 +134,7 @@ __global__ void __launch_bounds__(kChannelThreads, !Planes && (sizeof(T) == 8 ||
       for (int i = 0; i < K; ++i) shift[i] = sum[1][i] > A(0) ? sum[0][i] / sum[1][i] : A(0);
     }
 #pragma unroll
-    for (int k = 0; k < kInFlight<T>; ++k) {
-#pragma unroll
-      for (int i = 0; i < kBundle; ++i) {
-        const int at = Planes ? 0 : i;
-        const A d = i < count[k] ? widen(x[k].at[i]) - shift[at] : A(0), e = d * kFit;
-        sums[0][at] += d;
-        sums[1][at] += d * d;
-        sums[2][at] += e * e;
-      }
-    }
+    for (int k = 0; k < kInFlight<T>; ++k) add_shifted<Planes>(x[k], count[k], shift, sums);
     walk.at += kInFlight<T> * walk.step;
   }
   join<Planes>(sums, s.tx, group);
@@ -112,12 +144,12 @@ __global__ void __launch_bounds__(kChannelThreads, !Planes && (sizeof(T) == 8 ||
     for (int i = 0; i < K; ++i) {
       const int64_t j = Planes ? walk.channel : walk.column + i;
       if (j >= columns) break;
-      const bool over = !(sums[1][i] - sums[1][i] == A(0));
+      const auto of_chunk = shifted_sums(shift, sums, i);
       A* part = a.parts + walk.chunk * columns + j;
-      part[0] = shift[i];
-      part[kind] = over ? sums[0][i] * kFit : sums[0][i];
-      part[2 * kind] = over ? sums[2][i] : sums[1][i];
-      part[3 * kind] = over ? A(1) / kFit : A(1);
+      part[0] = of_chunk.shift;
+      part[kind] = of_chunk.d;
+      part[2 * kind] = of_chunk.d2;
+      part[3 * kind] = of_chunk.unscale;
     }
   }
   int64_t begin, end;
@@ -135,15 +167,10 @@ __global__ void __launch_bounds__(kChannelThreads, !Planes && (sizeof(T) == 8 ||
     const auto square = over_chunks<Planes, double, 1>(s, c, group, [&](int64_t q, int64_t j) {
       return Sums<double, 1>{{part_square(part(q, j), static_cast<double>(elements<Planes>(s, q, j)), mean)}};
     });
-    const double variance = square.at[0] / samples;
-    if (!Planes || threadIdx.x == 0) store_channel(a, c, mean, variance < 0 ? 0 : variance);
+    if (Planes && threadIdx.x != 0) return;
+    store_statistics(a, c, mean, square.at[0] / samples);
+    update_averages(a, c);
   });
-}
-
-// After all blocks of the first launch, which may need the counter as it was.
-template <class T, int Width>
-__global__ void __launch_bounds__(1) count_batch(const BatchForward<T> a) {
-  *a.tracked += 1;
 }
 
 // Statistics that are known.
@@ -160,13 +187,30 @@ __global__ void __launch_bounds__(kChannelThreads)
   a.stats[3 * C + c] = variance;
 }
 
+// y and signs of a bundle.
+template <int Width, bool Planes, class T, class A>
+__device__ __forceinline__ void write_bundle(const BatchForward<T>& a, const ChannelValues<Planes, A>& values,
+                                             const typename Walk<Planes>::Place& place, const Bundle<T>& x,
+                                             const Bundle<T>& residual) {
+  A y[kBundle];
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kBundle; ++i) {
+    A z = values.preactivation(widen(x.at[i]), i);
+    if (a.residual) z += widen(residual.at[i]);
+    bits |= static_cast<unsigned>(i < place.count && !(z <= A(0))) << i;
+    y[i] = activate(a.activation, z, a.slope);
+  }
+  if (a.bits) a.bits[place.byte] = static_cast<unsigned char>(bits);
+  store_bundle<Width>(y, place.count, a.y + place.element);
+}
+
 // In the opposite order of the statistics, because the end of x is what L2 still holds.
 template <class T, int Width, bool Planes>
 __global__ void __launch_bounds__(kChannelThreads, 2) normalize_channels(const BatchForward<T> a) {
-  using A = Acc<T>;
   const Lines& s = a.lines;
   Walk<Planes> walk(s, gridDim.x - 1 - blockIdx.x);
-  ChannelValues<Planes, A> values;
+  ChannelValues<Planes, Acc<T>> values;
   values.template read<T>(s, a.stats, a.weight, a.bias, walk);
   for (; walk.at < walk.end; walk.at += walk.step) {
     const auto place = walk.place(s, walk.at);
@@ -174,17 +218,70 @@ __global__ void __launch_bounds__(kChannelThreads, 2) normalize_channels(const B
     Bundle<T> x{}, residual{};
     load_bundle<Width, Cache::kStream>(a.x + place.element, place.count, x.at);
     if (a.residual) load_bundle<Width, Cache::kStream>(a.residual + place.element, place.count, residual.at);
-    A y[kBundle];
-    unsigned bits = 0;
+    write_bundle<Width>(a, values, place, x, residual);
+  }
+}
+
+// A block per channel, see batch_norm_resident.cuh. With all of x at hand the shift is the mean but for its rounding,
+// however the channel begins. Each bundle has sums of its own, as short chains round less.
+template <class T, int Width>
+__global__ void __launch_bounds__(kResidentThreads<T>, 1) forward_resident(const BatchForward<T> a) {
+  using A = Acc<T>;
+  const Lines& s = a.lines;
+  Group group(blockDim.x);
+  const Walk<true> walk(s, blockIdx.x);
+  const Held<T> held(s, 0);
+  const int64_t batch = kInFlight<T> * walk.step;
+  count_meanwhile(a);
+  Sums<A, 1> sum{};
+  for (int64_t at = walk.at; at < walk.end; at += batch) {
+    Bundle<T> x[kInFlight<T>] = {};
 #pragma unroll
-    for (int i = 0; i < kBundle; ++i) {
-      A z = values.preactivation(widen(x.at[i]), i);
-      if (a.residual) z += widen(residual.at[i]);
-      bits |= static_cast<unsigned>(i < place.count && !(z <= A(0))) << i;
-      y[i] = activate(a.activation, z, a.slope);
+    for (int k = 0; k < kInFlight<T>; ++k) {
+      const auto place = walk.place(s, at + k * walk.step);
+      load_bundle<Width, Cache::kStream>(a.x + place.element, place.count, x[k].at);
     }
-    if (a.bits) a.bits[place.byte] = static_cast<unsigned char>(bits);
-    store_bundle<Width>(y, place.count, a.y + place.element);
+#pragma unroll
+    for (int k = 0; k < kInFlight<T>; ++k) {
+      A part = 0;
+#pragma unroll
+      for (int i = 0; i < kBundle; ++i) part += widen(x[k].at[i]);
+      sum.at[0] += part;
+      if (at + k * walk.step < walk.end) held.put(at + k * walk.step, x[k]);
+    }
+  }
+  const A shift[1] = {group.sum(sum).at[0] / static_cast<A>(a.samples)};
+  A sums[3][1] = {};
+  for (int64_t at = walk.at; at < walk.end; at += walk.step) {
+    A part[3][1] = {};
+    add_shifted<true>(held.get(at), walk.place(s, at).count, shift, part);
+#pragma unroll
+    for (int n = 0; n < 3; ++n) sums[n][0] += part[n][0];
+  }
+  join<true>(sums, 1, group);
+  if (threadIdx.x == 0) {
+    const auto all = shifted_sums(shift, sums, 0);
+    const double samples = static_cast<double>(a.samples), mean = part_sum(all, samples) / samples;
+    store_statistics(a, walk.channel, mean, part_square(all, samples, mean) / samples);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) update_averages(a, walk.channel);
+  ChannelValues<true, A> values;
+  values.template read<T>(s, a.stats, a.weight, a.bias, walk);
+  for (int64_t at = walk.at; at < walk.end; at += batch) {
+    Bundle<T> residual[kInFlight<T>] = {};
+    if (a.residual) {
+#pragma unroll
+      for (int k = 0; k < kInFlight<T>; ++k) {
+        const auto place = walk.place(s, at + k * walk.step);
+        load_bundle<Width, Cache::kStream>(a.residual + place.element, place.count, residual[k].at);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight<T>; ++k) {
+      const auto place = walk.place(s, at + k * walk.step);
+      if (place.count > 0) write_bundle<Width>(a, values, place, held.get(at + k * walk.step), residual[k]);
+    }
   }
 }
 
@@ -206,7 +303,8 @@ int64_t shared_for(int threads) {
   return Planes ? 0 : int64_t{threads} * kBundle * int64_t{sizeof(Acc<T>)};
 }
 
-// measure.operator()<T, Width, Planes>(arguments, blocks, threads) leaves the statistics.
+// measure.operator()<T, Width, Planes>(device, arguments, blocks, threads) leaves the statistics, and where it says so
+// the result as well.
 template <class Measure>
 Triple batch_forward(const BatchCall& call, const Measure& measure) {
   check_batch(call.op, call.input, call.activation);
@@ -248,11 +346,14 @@ Triple batch_forward(const BatchCall& call, const Measure& measure) {
     a.activation = static_cast<int>(call.activation);
     a.samples = shape.outer * shape.inner;
     const int64_t blocks = a.lines.chunks * (shape.planes() ? shape.channels : a.lines.strips);
-    if (empty_input) return measure.template operator()<T, 1, false>(device, a, 0, threads);
+    if (empty_input) {
+      measure.template operator()<T, 1, false>(device, a, 0, threads);
+      return;
+    }
     with_width<T>(width_of<T>(a.lines, {a.x, a.residual, a.y}), [&]<int Width>() {
       auto run = [&]<bool Planes>() {
-        measure.template operator()<T, Width, Planes>(device, a, blocks, threads);
-        if (call.need_y) device.launch(normalize_channels<T, Width, Planes>, blocks, threads, 0, a);
+        const bool written = measure.template operator()<T, Width, Planes>(device, a, blocks, threads);
+        if (call.need_y && !written) device.launch(normalize_channels<T, Width, Planes>, blocks, threads, 0, a);
       };
       shape.planes() ? run.template operator()<true>() : run.template operator()<false>();
     });

@@ -30,6 +30,7 @@ class Kernels:
     def __init__(self, path: Path | None = None):
         self._lib = ctypes.CDLL(str(path or _build.build()))
         self._lib.ft_kernel_name.restype = self._lib.ft_launched.restype = ctypes.c_char_p
+        self._lib.ft_loaded.restype = self._lib.ft_stored.restype = ctypes.c_int64
         namespace = f"fusedtricks_cuda_on_host_{next(_serial)}"
         self._definitions = torch.library.Library(namespace, "FRAGMENT")
         names = [self._lib.ft_kernel_name(i).decode() for i in range(self._lib.ft_kernel_count())]
@@ -54,6 +55,10 @@ class Kernels:
     def launches(self) -> int:
         """How many kernels have been launched."""
         return self._lib.ft_launches()
+
+    def moved(self) -> tuple[int, int]:
+        """Bytes of global memory that have been loaded and stored, but for single numbers here and there."""
+        return self._lib.ft_loaded(), self._lib.ft_stored()
 
     @contextlib.contextmanager
     def device(

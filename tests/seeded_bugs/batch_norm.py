@@ -121,3 +121,33 @@ NATIVE_BUGS = {
         "math/batch_norm.h", "W(2) * d * off + count * off * off", "W(2) * d * off", "batch_norm"
     ),
 }
+
+CUDA_BUGS = {
+    "resident: statistics read before they are there": NativeBug(
+        "cuda/batch_norm_forward.cuh",
+        "  __syncthreads();\n  if (threadIdx.x == 0) update_averages",
+        "  if (threadIdx.x == 0) update_averages",
+        "batch_norm",
+    ),
+    "resident: sums read before they are there": NativeBug(
+        "cuda/batch_norm_backward.cuh",
+        "  __syncthreads();\n  Corrections<true, A> corrections;",
+        "  Corrections<true, A> corrections;",
+        "batch_norm",
+    ),
+    "resident: what is past the plane counts": NativeBug(
+        "cuda/batch_norm_forward.cuh", "walk.place(s, at).count, shift, part)", "kBundle, shift, part)", "batch_norm"
+    ),
+    "resident: signs not kept": NativeBug(
+        "cuda/batch_norm_backward.cuh",
+        "if (a.bits) held_bits[at] = static_cast<unsigned char>(bundle[k].bits);",
+        "",
+        "batch_norm",
+    ),
+    "resident: pieces of a bundle over one another": NativeBug(
+        "cuda/batch_norm_resident.cuh",
+        "vectors[p * bundles + at] = reinterpret_cast<const",
+        "vectors[at] = reinterpret_cast<const",
+        "batch_norm",
+    ),
+}

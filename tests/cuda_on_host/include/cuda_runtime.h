@@ -47,6 +47,9 @@ struct Site {
   int line;
 };
 
+// Bytes that went through the functions for global memory, which is how kernels move whole tensors.
+inline int64_t loaded = 0, stored = 0;
+
 // Ends the launch with an error, from inside a kernel.
 [[noreturn]] void fail(const char* what, const void* address, Site site);
 void block_barrier(Site site);
@@ -97,6 +100,7 @@ T atomicAdd(T* address, T value) {
   template <class T>                                    \
   T name(const T* address, FT_SITE) {                   \
     cuda_on_host::check_aligned(address, {file, line}); \
+    cuda_on_host::loaded += sizeof(T);                  \
     return *address;                                    \
   }
 FT_LOAD(__ldg)
@@ -107,6 +111,7 @@ FT_LOAD(__ldcg)
 template <class T>
 void __stcs(T* address, T value, FT_SITE) {
   cuda_on_host::check_aligned(address, {file, line});
+  cuda_on_host::stored += sizeof(T);
   *address = value;
 }
 
@@ -135,6 +140,8 @@ using cudaStream_t = void*;
 namespace cuda_on_host {
 // Is it torch's stream, on a device that a guard made current?
 bool is_current(cudaStream_t stream);
+// Bytes of dynamic shared memory that a kernel may have: those it was allowed, if more than any kernel is.
+size_t& allowed_shared(const void* kernel);
 }  // namespace cuda_on_host
 
 struct cudaLaunchConfig_t {
@@ -151,7 +158,13 @@ inline const char* cudaGetErrorName(cudaError_t error) {
                                                    : "cudaErrorInvalidConfiguration";
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "refused by tests/cuda_on_host"; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  int most;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (bytes > most) return cudaErrorInvalidValue;
+  cuda_on_host::allowed_shared(kernel) = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_t stream) {
   if (!cuda_on_host::is_current(stream)) return cudaErrorInvalidResourceHandle;
   std::memset(at, byte, bytes);
@@ -167,8 +180,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   if (config->blockDim.x > static_cast<unsigned>(threads) || config->gridDim.x == 0)
     return cudaErrorInvalidConfiguration;
-  if (config->dynamicSmemBytes > static_cast<size_t>(shared)) return cudaErrorInvalidValue;
-  cuda_on_host::run(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim, config->dynamicSmemBytes,
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const size_t most = std::min(static_cast<size_t>(shared), cuda_on_host::allowed_shared(function));
+  if (config->dynamicSmemBytes > most) return cudaErrorInvalidValue;
+  cuda_on_host::run(function, config->gridDim, config->blockDim, config->dynamicSmemBytes,
                     [&] { kernel(arguments...); });
   return cudaSuccess;
 }
