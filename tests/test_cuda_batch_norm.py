@@ -271,7 +271,7 @@ BUGS = {
     ),
     "residual not kept": (
         "batch_norm_backward.cuh",
-        "if (a.residual) held_residual.put(at, bundle[k].residual);",
+        "if (a.residual) held_residual.put(put.at, bundle[k].residual);",
         "",
     ),
 }
@@ -292,10 +292,17 @@ def test_counting_in_every_block_is_caught() -> None:
     assert tracked == 5
 
 
-def test_putting_past_the_channel_is_caught() -> None:
-    kernels = with_bug("batch_norm_forward.cuh", "if (at + k * walk.step < walk.end) held.put", "held.put")
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ("batch_norm_forward.cuh", "if (put.left()) held.put", "held.put"),
+        ("batch_norm_resident.cuh", "int64_t{sizeof(T)} + bits)", "int64_t{sizeof(T)})"),
+    ],
+    ids=["put past the channel", "no room for signs"],
+)
+def test_too_little_shared_memory_is_caught(bug: tuple[str, str, str]) -> None:
     with pytest.raises(RuntimeError, match="out-of-bounds write past"):
-        everything(kernels.ops, SHAPES["planes"])
+        everything(with_bug(*bug).ops, SHAPES["planes"])
 
 
 def test_shared_memory_not_asked_for_is_caught() -> None:

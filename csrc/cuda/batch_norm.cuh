@@ -49,6 +49,12 @@ struct Lines {
   __device__ __forceinline__ int64_t columns(bool planes) const { return planes ? C : length; }
 };
 
+// Of a bundle: its first element, its byte of the mask, and how many of its elements there are.
+struct Place {
+  int64_t element, byte;
+  int count;
+};
+
 // What a thread of a block works on, step by step.
 template <bool Planes>
 struct Walk {
@@ -70,10 +76,9 @@ struct Walk {
     }
   }
 
-  struct Place {
-    int64_t element, byte;
-    int count;
-  };
+  // The first column of a thread, which of planes are the channels.
+  __device__ __forceinline__ int64_t first_column() const { return Planes ? channel : column; }
+
   __device__ __forceinline__ Place place(const Lines& s, int64_t at) const {
     int64_t line = at, j = column;
     if constexpr (Planes) {
@@ -183,10 +188,10 @@ struct ChannelValues {
 
   template <class T>
   __device__ __forceinline__ void read(const Lines& s, const A* stats, const Parameter& weight, const Parameter& bias,
-                                       const Walk<Planes>& walk) {
+                                       int64_t column) {
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      const int64_t c = Planes ? walk.channel : (walk.column + i) % s.C;
+      const int64_t c = Planes ? column : (column + i) % s.C;
       const A rest = stats[s.C + c], rstd = stats[2 * s.C + c];
       mean[i] = stats[c];
       scale[i] = rstd * parameter_at<T>(weight, c, A(1));

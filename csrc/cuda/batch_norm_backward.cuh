@@ -48,7 +48,7 @@ struct BackwardBundle {
   Bundle<T> dy{}, x{}, residual{};
   unsigned bits = 0;
 
-  template <int Width, Cache cache, class Place>
+  template <int Width, Cache cache>
   __device__ __forceinline__ void read(const BatchBackward<T>& a, const Place& place) {
     load_bundle<Width, cache>(a.dy + place.element, place.count, dy.at);
     load_bundle<Width, cache>(a.x + place.element, place.count, x.at);
@@ -105,11 +105,11 @@ struct Corrections {
   A offset[K] = {}, incline[K] = {};
 
   template <class T>
-  __device__ __forceinline__ void read(const BatchBackward<T>& a, const A* means, const Walk<Planes>& walk) {
+  __device__ __forceinline__ void read(const BatchBackward<T>& a, const A* means, int64_t column) {
     const int64_t C = a.lines.C;
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      const int64_t c = Planes ? walk.channel : (walk.column + i) % C;
+      const int64_t c = Planes ? column : (column + i) % C;
       const A rest = a.stats[C + c], rstd = a.stats[2 * C + c], mean_gx = means[C + c];
       incline[i] = rstd * mean_gx;
       offset[i] = means[c] - rest * incline[i];
@@ -133,9 +133,9 @@ __device__ __forceinline__ void walk_backward(const BatchBackward<T>& a) {
   // What only writes goes the opposite way, because the end of x and dy is what L2 still holds.
   Walk<Planes> walk(s, Summing ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
   ChannelValues<Planes, A> values;
-  values.template read<T>(s, a.stats, a.weight, a.bias, walk);
+  values.template read<T>(s, a.stats, a.weight, a.bias, walk.first_column());
   Corrections<Planes, A> corrections;
-  if (Writing && a.means) corrections.read(a, a.means, walk);
+  if (Writing && a.means) corrections.read(a, a.means, walk.first_column());
   A sums[2][K] = {};
   for (; walk.at < walk.end; walk.at += walk.step) {
     const auto place = walk.place(s, walk.at);
@@ -201,24 +201,23 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1) backward_resident(cons
   constexpr int kAtOnce = kInFlight<T> > 1 ? kInFlight<T> / 2 : 1;
   const Lines& s = a.lines;
   Group group(blockDim.x);
-  const Walk<true> walk(s, blockIdx.x);
+  const int64_t channel = blockIdx.x;
+  const Turns<Width> first(s, channel);
   const int tensors = a.residual ? 3 : 2;
   const Held<T> held_dy(s, 0), held_x(s, 1), held_residual(s, 2);
   unsigned char* held_bits = reinterpret_cast<unsigned char*>(Held<T>(s, tensors).vectors);
   ChannelValues<true, A> values;
-  values.template read<T>(s, a.stats, a.weight, a.bias, walk);
+  values.template read<T>(s, a.stats, a.weight, a.bias, channel);
   A sums[2][1] = {};
-  for (int64_t first = walk.at; first < walk.end; first += kAtOnce * walk.step) {
+  for (auto turn = first; turn.left();) {
     BackwardBundle<T> bundle[kAtOnce];
+    auto put = turn;
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      bundle[k].template read<Width, Cache::kStream>(a, walk.place(s, first + k * walk.step));
-    }
+    for (int k = 0; k < kAtOnce; ++k, turn.step()) bundle[k].template read<Width, Cache::kStream>(a, turn.place());
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int64_t at = first + k * walk.step;
-      const int count = walk.place(s, at).count;
-      if (count <= 0) break;
+    for (int k = 0; k < kAtOnce; ++k, put.step()) {
+      const int count = put.count();
+      if (count == 0) break;
       A part[2][1] = {};  // short chains round less
 #pragma unroll
       for (int i = 0; i < kBundle; ++i) {
@@ -227,24 +226,24 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1) backward_resident(cons
       }
       sums[0][0] += part[0][0];
       sums[1][0] += part[1][0];
-      held_dy.put(at, bundle[k].dy);
-      held_x.put(at, bundle[k].x);
-      if (a.residual) held_residual.put(at, bundle[k].residual);
-      if (a.bits) held_bits[at] = static_cast<unsigned char>(bundle[k].bits);
+      held_dy.put(put.at, bundle[k].dy);
+      held_x.put(put.at, bundle[k].x);
+      if (a.residual) held_residual.put(put.at, bundle[k].residual);
+      if (a.bits) held_bits[put.at] = static_cast<unsigned char>(bundle[k].bits);
     }
   }
   join<true>(sums, 1, group);
-  if (threadIdx.x == 0) store_sums(a, walk.channel, sums[0][0], project(a, walk.channel, sums[0][0], sums[1][0]));
+  if (threadIdx.x == 0) store_sums(a, channel, sums[0][0], project(a, channel, sums[0][0], sums[1][0]));
   __syncthreads();
   Corrections<true, A> corrections;
-  corrections.read(a, a.sums, walk);
-  for (int64_t at = walk.at; at < walk.end; at += walk.step) {
-    const auto place = walk.place(s, at);
+  corrections.read(a, a.sums, channel);
+  for (auto turn = first; turn.left(); turn.step()) {
+    const auto place = turn.place();
     BackwardBundle<T> bundle;
-    bundle.dy = held_dy.get(at);
-    bundle.x = held_x.get(at);
-    if (a.residual) bundle.residual = held_residual.get(at);
-    if (a.bits) bundle.bits = held_bits[at];
+    bundle.dy = held_dy.get(turn.at);
+    bundle.x = held_x.get(turn.at);
+    if (a.residual) bundle.residual = held_residual.get(turn.at);
+    if (a.bits) bundle.bits = held_bits[turn.at];
     A dx[kBundle], g[kBundle];
 #pragma unroll
     for (int i = 0; i < kBundle; ++i) {

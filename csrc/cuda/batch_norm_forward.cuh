@@ -190,8 +190,7 @@ __global__ void __launch_bounds__(kChannelThreads)
 // y and signs of a bundle.
 template <int Width, bool Planes, class T, class A>
 __device__ __forceinline__ void write_bundle(const BatchForward<T>& a, const ChannelValues<Planes, A>& values,
-                                             const typename Walk<Planes>::Place& place, const Bundle<T>& x,
-                                             const Bundle<T>& residual) {
+                                             const Place& place, const Bundle<T>& x, const Bundle<T>& residual) {
   A y[kBundle];
   unsigned bits = 0;
 #pragma unroll
@@ -211,7 +210,7 @@ __global__ void __launch_bounds__(kChannelThreads, 2) normalize_channels(const B
   const Lines& s = a.lines;
   Walk<Planes> walk(s, gridDim.x - 1 - blockIdx.x);
   ChannelValues<Planes, Acc<T>> values;
-  values.template read<T>(s, a.stats, a.weight, a.bias, walk);
+  values.template read<T>(s, a.stats, a.weight, a.bias, walk.first_column());
   for (; walk.at < walk.end; walk.at += walk.step) {
     const auto place = walk.place(s, walk.at);
     if (place.count <= 0) continue;
@@ -229,32 +228,33 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1) forward_resident(const
   using A = Acc<T>;
   const Lines& s = a.lines;
   Group group(blockDim.x);
-  const Walk<true> walk(s, blockIdx.x);
+  const int64_t channel = blockIdx.x;
+  const Turns<Width> first(s, channel);
   const Held<T> held(s, 0);
-  const int64_t batch = kInFlight<T> * walk.step;
   count_meanwhile(a);
   Sums<A, 1> sum{};
-  for (int64_t at = walk.at; at < walk.end; at += batch) {
+  for (auto turn = first; turn.left();) {
     Bundle<T> x[kInFlight<T>] = {};
+    auto put = turn;
 #pragma unroll
-    for (int k = 0; k < kInFlight<T>; ++k) {
-      const auto place = walk.place(s, at + k * walk.step);
+    for (int k = 0; k < kInFlight<T>; ++k, turn.step()) {
+      const auto place = turn.place();
       load_bundle<Width, Cache::kStream>(a.x + place.element, place.count, x[k].at);
     }
 #pragma unroll
-    for (int k = 0; k < kInFlight<T>; ++k) {
+    for (int k = 0; k < kInFlight<T>; ++k, put.step()) {
       A part = 0;
 #pragma unroll
       for (int i = 0; i < kBundle; ++i) part += widen(x[k].at[i]);
       sum.at[0] += part;
-      if (at + k * walk.step < walk.end) held.put(at + k * walk.step, x[k]);
+      if (put.left()) held.put(put.at, x[k]);
     }
   }
   const A shift[1] = {group.sum(sum).at[0] / static_cast<A>(a.samples)};
   A sums[3][1] = {};
-  for (int64_t at = walk.at; at < walk.end; at += walk.step) {
+  for (auto turn = first; turn.left(); turn.step()) {
     A part[3][1] = {};
-    add_shifted<true>(held.get(at), walk.place(s, at).count, shift, part);
+    add_shifted<true>(held.get(turn.at), turn.count(), shift, part);
 #pragma unroll
     for (int n = 0; n < 3; ++n) sums[n][0] += part[n][0];
   }
@@ -262,25 +262,25 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1) forward_resident(const
   if (threadIdx.x == 0) {
     const auto all = shifted_sums(shift, sums, 0);
     const double samples = static_cast<double>(a.samples), mean = part_sum(all, samples) / samples;
-    store_statistics(a, walk.channel, mean, part_square(all, samples, mean) / samples);
+    store_statistics(a, channel, mean, part_square(all, samples, mean) / samples);
   }
   __syncthreads();
-  if (threadIdx.x == 0) update_averages(a, walk.channel);
+  if (threadIdx.x == 0) update_averages(a, channel);
   ChannelValues<true, A> values;
-  values.template read<T>(s, a.stats, a.weight, a.bias, walk);
-  for (int64_t at = walk.at; at < walk.end; at += batch) {
+  values.template read<T>(s, a.stats, a.weight, a.bias, channel);
+  for (auto turn = first; turn.left();) {
     Bundle<T> residual[kInFlight<T>] = {};
     if (a.residual) {
+      auto ahead = turn;
 #pragma unroll
-      for (int k = 0; k < kInFlight<T>; ++k) {
-        const auto place = walk.place(s, at + k * walk.step);
+      for (int k = 0; k < kInFlight<T>; ++k, ahead.step()) {
+        const auto place = ahead.place();
         load_bundle<Width, Cache::kStream>(a.residual + place.element, place.count, residual[k].at);
       }
     }
 #pragma unroll
-    for (int k = 0; k < kInFlight<T>; ++k) {
-      const auto place = walk.place(s, at + k * walk.step);
-      if (place.count > 0) write_bundle<Width>(a, values, place, held.get(at + k * walk.step), residual[k]);
+    for (int k = 0; k < kInFlight<T>; ++k, turn.step()) {
+      if (turn.left()) write_bundle<Width>(a, values, turn.place(), held.get(turn.at), residual[k]);
     }
   }
 }

@@ -136,11 +136,11 @@ CUDA_BUGS = {
         "batch_norm",
     ),
     "resident: what is past the plane counts": NativeBug(
-        "cuda/batch_norm_forward.cuh", "walk.place(s, at).count, shift, part)", "kBundle, shift, part)", "batch_norm"
+        "cuda/batch_norm_forward.cuh", "turn.count(), shift, part)", "kBundle, shift, part)", "batch_norm"
     ),
     "resident: signs not kept": NativeBug(
         "cuda/batch_norm_backward.cuh",
-        "if (a.bits) held_bits[at] = static_cast<unsigned char>(bundle[k].bits);",
+        "if (a.bits) held_bits[put.at] = static_cast<unsigned char>(bundle[k].bits);",
         "",
         "batch_norm",
     ),
