@@ -178,7 +178,11 @@ CASE = Case(
         "wide rows": ((37, 4097),),
     },
     growing=(((3, 5, 7),), ((7, 5, 7),), ((129, 5, 7),)),
-    gpu={name: SHAPES[name] for name in ("4-D", "rows past a block of rows", "4-D, whole vectors", "5-D")},
+    gpu={
+        **{name: SHAPES[name] for name in ("4-D", "rows past a block of rows", "4-D, whole vectors", "5-D")},
+        "channels that take a block more than 48 KB": ((16, 512, 28, 28),),
+        "channels too few for blocks of their own": ((5, 3, 77, 79),),
+    },
     rowwise=False,
     options=OPTIONS,
     adversaries=ADVERSARIES,
