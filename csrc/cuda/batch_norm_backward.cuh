@@ -213,23 +213,28 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1) backward_resident(cons
     BackwardBundle<T> bundle[kAtOnce];
     auto put = turn;
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k, turn.step()) bundle[k].template read<Width, Cache::kStream>(a, turn.place());
+    for (int k = 0; k < kAtOnce; ++k, turn.step()) {
+      turn.load(a.dy, bundle[k].dy);
+      turn.load(a.x, bundle[k].x);
+      if (a.residual) turn.load(a.residual, bundle[k].residual);
+      if (a.bits && turn.left()) bundle[k].bits = turn.load_bits(a.bits);
+    }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k, put.step()) {
-      const int count = put.count();
-      if (count == 0) break;
+      if (!put.left()) break;
+      const unsigned live = put.live();
       A part[2][1] = {};  // short chains round less
 #pragma unroll
       for (int i = 0; i < kBundle; ++i) {
-        const A g = i < count ? bundle[k].gradient(a, values, i) : A(0);
+        const A g = live >> i & 1 ? bundle[k].gradient(a, values, i) : A(0);
         add_gradient(values, i, g, widen(bundle[k].x.at[i]), part);
       }
       sums[0][0] += part[0][0];
       sums[1][0] += part[1][0];
-      held_dy.put(put.at, bundle[k].dy);
-      held_x.put(put.at, bundle[k].x);
-      if (a.residual) held_residual.put(put.at, bundle[k].residual);
-      if (a.bits) held_bits[put.at] = static_cast<unsigned char>(bundle[k].bits);
+      held_dy.put(put.slot, bundle[k].dy);
+      held_x.put(put.slot, bundle[k].x);
+      if (a.residual) held_residual.put(put.slot, bundle[k].residual);
+      if (a.bits) held_bits[put.slot] = static_cast<unsigned char>(bundle[k].bits);
     }
   }
   join<true>(sums, 1, group);
@@ -238,20 +243,19 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1) backward_resident(cons
   Corrections<true, A> corrections;
   corrections.read(a, a.sums, channel);
   for (auto turn = first; turn.left(); turn.step()) {
-    const auto place = turn.place();
     BackwardBundle<T> bundle;
-    bundle.dy = held_dy.get(turn.at);
-    bundle.x = held_x.get(turn.at);
-    if (a.residual) bundle.residual = held_residual.get(turn.at);
-    if (a.bits) bundle.bits = held_bits[turn.at];
+    bundle.dy = held_dy.get(turn.slot);
+    bundle.x = held_x.get(turn.slot);
+    if (a.residual) bundle.residual = held_residual.get(turn.slot);
+    if (a.bits) bundle.bits = held_bits[turn.slot];
     A dx[kBundle], g[kBundle];
 #pragma unroll
     for (int i = 0; i < kBundle; ++i) {
       g[i] = bundle.gradient(a, values, i);
       dx[i] = corrections.gradient(values, i, g[i], widen(bundle.x.at[i]));
     }
-    store_bundle<Width>(dx, place.count, a.dx + place.element);
-    if (a.dresidual) store_bundle<Width>(g, place.count, a.dresidual + place.element);
+    turn.store(dx, a.dx);
+    if (a.dresidual) turn.store(g, a.dresidual);
   }
 }
 

@@ -78,16 +78,17 @@ __global__ void __launch_bounds__(1) count_batch(const BatchForward<T> a) {
   *a.tracked += 1;
 }
 
-// Sums of d = x - shift, of d^2, and of the squares of what fits where those do not: of d scaled by kFit.
+// Sums over the elements that there are (bits of `live`) of d = x - shift, of d^2, and of the squares of what fits
+// where those do not: of d scaled by kFit.
 template <class A>
 inline constexpr A kFit = sizeof(A) == 8 ? A(0x1p-400) : A(0x1p-80);
 
 template <bool Planes, class T, class A, int K = kColumns<Planes>>
-__device__ __forceinline__ void add_shifted(const Bundle<T>& x, int count, const A (&shift)[K], A (&sums)[3][K]) {
+__device__ __forceinline__ void add_shifted(const Bundle<T>& x, unsigned live, const A (&shift)[K], A (&sums)[3][K]) {
 #pragma unroll
   for (int i = 0; i < kBundle; ++i) {
     const int at = Planes ? 0 : i;
-    const A d = i < count ? widen(x.at[i]) - shift[at] : A(0), e = d * kFit<A>;
+    const A d = live >> i & 1 ? widen(x.at[i]) - shift[at] : A(0), e = d * kFit<A>;
     sums[0][at] += d;
     sums[1][at] += d * d;
     sums[2][at] += e * e;
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kChannelThreads, !Planes && (sizeof(T) == 8 ||
       for (int i = 0; i < K; ++i) shift[i] = sum[1][i] > A(0) ? sum[0][i] / sum[1][i] : A(0);
     }
 #pragma unroll
-    for (int k = 0; k < kInFlight<T>; ++k) add_shifted<Planes>(x[k], count[k], shift, sums);
+    for (int k = 0; k < kInFlight<T>; ++k) add_shifted<Planes>(x[k], (1u << count[k]) - 1, shift, sums);
     walk.at += kInFlight<T> * walk.step;
   }
   join<Planes>(sums, s.tx, group);
@@ -187,29 +188,29 @@ __global__ void __launch_bounds__(kChannelThreads)
   a.stats[3 * C + c] = variance;
 }
 
-// y and signs of a bundle.
-template <int Width, bool Planes, class T, class A>
-__device__ __forceinline__ void write_bundle(const BatchForward<T>& a, const ChannelValues<Planes, A>& values,
-                                             const Place& place, const Bundle<T>& x, const Bundle<T>& residual) {
-  A y[kBundle];
+// y of a bundle; the result is the signs of z.
+template <bool Planes, class T, class A>
+__device__ __forceinline__ unsigned activated(const BatchForward<T>& a, const ChannelValues<Planes, A>& values,
+                                              const Bundle<T>& x, const Bundle<T>& residual, unsigned live,
+                                              A (&y)[kBundle]) {
   unsigned bits = 0;
 #pragma unroll
   for (int i = 0; i < kBundle; ++i) {
     A z = values.preactivation(widen(x.at[i]), i);
     if (a.residual) z += widen(residual.at[i]);
-    bits |= static_cast<unsigned>(i < place.count && !(z <= A(0))) << i;
+    bits |= static_cast<unsigned>(!(z <= A(0))) << i;
     y[i] = activate(a.activation, z, a.slope);
   }
-  if (a.bits) a.bits[place.byte] = static_cast<unsigned char>(bits);
-  store_bundle<Width>(y, place.count, a.y + place.element);
+  return bits & live;
 }
 
 // In the opposite order of the statistics, because the end of x is what L2 still holds.
 template <class T, int Width, bool Planes>
 __global__ void __launch_bounds__(kChannelThreads, 2) normalize_channels(const BatchForward<T> a) {
+  using A = Acc<T>;
   const Lines& s = a.lines;
   Walk<Planes> walk(s, gridDim.x - 1 - blockIdx.x);
-  ChannelValues<Planes, Acc<T>> values;
+  ChannelValues<Planes, A> values;
   values.template read<T>(s, a.stats, a.weight, a.bias, walk.first_column());
   for (; walk.at < walk.end; walk.at += walk.step) {
     const auto place = walk.place(s, walk.at);
@@ -217,7 +218,10 @@ __global__ void __launch_bounds__(kChannelThreads, 2) normalize_channels(const B
     Bundle<T> x{}, residual{};
     load_bundle<Width, Cache::kStream>(a.x + place.element, place.count, x.at);
     if (a.residual) load_bundle<Width, Cache::kStream>(a.residual + place.element, place.count, residual.at);
-    write_bundle<Width>(a, values, place, x, residual);
+    A y[kBundle];
+    const unsigned bits = activated(a, values, x, residual, (1u << place.count) - 1, y);
+    if (a.bits) a.bits[place.byte] = static_cast<unsigned char>(bits);
+    store_bundle<Width>(y, place.count, a.y + place.element);
   }
 }
 
@@ -237,24 +241,21 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1) forward_resident(const
     Bundle<T> x[kInFlight<T>] = {};
     auto put = turn;
 #pragma unroll
-    for (int k = 0; k < kInFlight<T>; ++k, turn.step()) {
-      const auto place = turn.place();
-      load_bundle<Width, Cache::kStream>(a.x + place.element, place.count, x[k].at);
-    }
+    for (int k = 0; k < kInFlight<T>; ++k, turn.step()) turn.load(a.x, x[k]);
 #pragma unroll
     for (int k = 0; k < kInFlight<T>; ++k, put.step()) {
       A part = 0;
 #pragma unroll
       for (int i = 0; i < kBundle; ++i) part += widen(x[k].at[i]);
       sum.at[0] += part;
-      if (put.left()) held.put(put.at, x[k]);
+      if (put.left()) held.put(put.slot, x[k]);
     }
   }
   const A shift[1] = {group.sum(sum).at[0] / static_cast<A>(a.samples)};
   A sums[3][1] = {};
   for (auto turn = first; turn.left(); turn.step()) {
     A part[3][1] = {};
-    add_shifted<true>(held.get(turn.at), turn.count(), shift, part);
+    add_shifted<true>(held.get(turn.slot), turn.live(), shift, part);
 #pragma unroll
     for (int n = 0; n < 3; ++n) sums[n][0] += part[n][0];
   }
@@ -273,14 +274,15 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1) forward_resident(const
     if (a.residual) {
       auto ahead = turn;
 #pragma unroll
-      for (int k = 0; k < kInFlight<T>; ++k, ahead.step()) {
-        const auto place = ahead.place();
-        load_bundle<Width, Cache::kStream>(a.residual + place.element, place.count, residual[k].at);
-      }
+      for (int k = 0; k < kInFlight<T>; ++k, ahead.step()) ahead.load(a.residual, residual[k]);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight<T>; ++k, turn.step()) {
-      if (turn.left()) write_bundle<Width>(a, values, turn.place(), held.get(turn.at), residual[k]);
+      if (!turn.left()) break;
+      A y[kBundle];
+      const unsigned bits = activated(a, values, held.get(turn.slot), residual[k], turn.live(), y);
+      if (a.bits) turn.store_bits(bits, a.bits);
+      turn.store(y, a.y);
     }
   }
 }

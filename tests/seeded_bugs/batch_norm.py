@@ -136,13 +136,19 @@ CUDA_BUGS = {
         "batch_norm",
     ),
     "resident: what is past the plane counts": NativeBug(
-        "cuda/batch_norm_forward.cuh", "turn.count(), shift, part)", "kBundle, shift, part)", "batch_norm"
+        "cuda/batch_norm_forward.cuh", "turn.live(), shift, part)", "0xffu, shift, part)", "batch_norm"
     ),
     "resident: signs not kept": NativeBug(
         "cuda/batch_norm_backward.cuh",
-        "if (a.bits) held_bits[put.at] = static_cast<unsigned char>(bundle[k].bits);",
+        "if (a.bits) held_bits[put.slot] = static_cast<unsigned char>(bundle[k].bits);",
         "",
         "batch_norm",
+    ),
+    "resident: signs of single elements, to the byte of another bundle": NativeBug(
+        "cuda/batch_norm_resident.cuh", "own = all >> lane % kApart * kBundle;", "own = all;", "batch_norm"
+    ),
+    "resident: signs of single elements, from the bit of another": NativeBug(
+        "cuda/batch_norm_resident.cuh", ">> lane % kBundle & 1) << i;", "& 1) << i;", "batch_norm"
     ),
     "resident: pieces of a bundle over one another": NativeBug(
         "cuda/batch_norm_resident.cuh",

@@ -84,6 +84,22 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, FT_SITE
   return value;
 }
 
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, FT_SITE) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t shown = 0;
+  std::memcpy(&shown, &value, sizeof(T));
+  std::memcpy(&value, cuda_on_host::warp_exchange(mask, shown, {file, line}) + from % 32, sizeof(T));
+  return value;
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool vote, FT_SITE) {
+  const uint64_t* all = cuda_on_host::warp_exchange(mask, vote, {file, line});
+  unsigned votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(mask >> i & 1 && all[i] == 1) << i;
+  return votes;
+}
+
 inline bool __any_sync(unsigned mask, bool vote, FT_SITE) {
   const uint64_t* all = cuda_on_host::warp_exchange(mask, vote, {file, line});
   bool any = false;
