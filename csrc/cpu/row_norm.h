@@ -59,20 +59,63 @@ inline Normalize<A> measure(const T* x, int64_t columns, A eps) {
   return {mean, (shift - mean) + rest, rstd};
 }
 
-// Rows are dealt with in blocks of four, which share each visit to weight, bias and the sums of dweight and dbias, and
-// whose chains of dependent instructions run side by side. Forward, rows of middling width, whose weight and bias stay
-// in the first-level cache, are faster one at a time.
-inline constexpr int kMostRows = 4;
-inline int forward_together(int64_t columns) { return columns > 1024 || columns < 128 ? kMostRows : 1; }
+// Rows of so few bytes are measured many at a time.
+template <class T>
+bool narrow(int64_t columns) {
+  return columns * int64_t{sizeof(T)} < 512;
+}
 
-// run.operator()<Stream, Count>() for a block of `count` rows, four or one.
-template <class F>
-inline __attribute__((always_inline)) void with_block(bool stream, int count, const F& run) {
-  if (stream) {
-    count == kMostRows ? run.template operator()<true, kMostRows>() : run.template operator()<true, 1>();
-  } else {
-    count == kMostRows ? run.template operator()<false, kMostRows>() : run.template operator()<false, 1>();
+// As many narrow rows as a register has lanes, or fewer: the arithmetic on their statistics is done once for all of
+// them. They stay in the first-level cache, so two passes over them cost little.
+template <bool Center, class T, class A = Acc<T>>
+inline void measure_narrow(const T* const* x, int count, int64_t columns, A eps, Normalize<A>* n) {
+  const A inverse = A(1) / static_cast<A>(columns);
+  A mean[kLanes<A>] = {}, rest[kLanes<A>] = {}, d2[kLanes<A>] = {}, rstd[kLanes<A>];
+  for (int i = 0; Center && i < count; ++i) {
+    Vec<A> sum{};
+    sweep<A, 1>(0, columns,
+                [&](int64_t j, auto lanes, int) __attribute__((always_inline)) { sum += load(x[i] + j, lanes); });
+    mean[i] = sum_lanes<A>(sum) * inverse;
   }
+  for (int i = 0; i < count; ++i) {
+    Vec<A> sums[2] = {};
+    sweep<A, 1>(0, columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+      auto d = load(x[i] + j, lanes);
+      if constexpr (Center) d = keep<A>(d - mean[i], lanes), sums[0] += d;
+      sums[1] += d * d;
+    });
+    if constexpr (Center) rest[i] = sum_lanes<A>(sums[0]) * inverse;
+    d2[i] = sum_lanes<A>(sums[1]);
+  }
+  for (int i = 0; i < kLanes<A>; ++i) rstd[i] = rstd_of(variance(d2[i], rest[i], inverse), eps, A(1));
+  for (int i = 0; i < count; ++i) {
+    const A near = mean[i] + rest[i];
+    n[i] = {near, (mean[i] - near) + rest[i], rstd[i]};
+    if (!(d2[i] <= std::numeric_limits<A>::max())) n[i] = measure<Center>(x[i], columns, eps);
+  }
+}
+
+// Rows are dealt with in blocks of four, which share each visit to weight, bias and the sums of dweight and dbias, and
+// whose chains of dependent instructions run side by side. Where these vectors stay in the first-level cache anyway,
+// one row at a time is faster: its stores follow one another. Very narrow rows are in blocks again, for their chains'
+// sake.
+inline constexpr int kMostRows = 4;
+inline constexpr int64_t kFetched = 256;
+inline int forward_together(int64_t columns) { return columns > 1024 || columns < 128 ? kMostRows : 1; }
+inline int backward_together(int64_t columns) { return columns >= kFetched || columns < 128 ? kMostRows : 1; }
+
+// run.operator()<Stream, Fetch, Count>() for a block of `count` rows, four or one. The rows that come after it are
+// fetched meanwhile where they have kFetched columns: shorter ones the hardware sees coming.
+template <class F>
+inline __attribute__((always_inline)) void with_block(bool stream, int64_t columns, int count, const F& run) {
+  auto fetching = [&]<bool Stream, bool Fetch>() {
+    count == kMostRows ? run.template operator()<Stream, Fetch, kMostRows>()
+                       : run.template operator()<Stream, Fetch, 1>();
+  };
+  auto streaming = [&]<bool Stream>() {
+    columns < kFetched ? fetching.template operator()<Stream, false>() : fetching.template operator()<Stream, true>();
+  };
+  stream ? streaming.template operator()<true>() : streaming.template operator()<false>();
 }
 
 // How tensor 0 of `rows`, which begins at `p`, is stored: past the caches or not, and how many rows a block has:
@@ -105,8 +148,7 @@ inline __attribute__((always_inline)) void sweep_block(const T* p, int64_t colum
   sweep<A, Count == 1 ? 4 : 1>(head, columns, std::forward<F>(f));
 }
 
-// The rows of tensor k, which begins at `p`, from where the walk stands: they come after a block, and are fetched while
-// it is finished.
+// The rows of tensor k, which begins at `p`, from where the walk stands: those that come after a block.
 template <class T>
 struct Ahead {
   const T* first;
@@ -116,8 +158,9 @@ struct Ahead {
   Ahead(const Rows<K>& rows, const typename Rows<K>::Walk& at, int k, const T* p)
       : first(p + at.offset[k]), pitch(rows.levels > 0 ? rows.stride[k][rows.levels - 1] : 0) {}
 
-  template <int Count>
+  template <bool Fetch, int Count>
   inline __attribute__((always_inline)) void fetch(int64_t j) const {
+    if constexpr (!Fetch) return;
 #pragma GCC unroll 4
     for (int i = 0; i < Count; ++i) __builtin_prefetch(first + i * pitch + j, 0, 2);
   }
@@ -136,22 +179,15 @@ inline Normalize<Vec<A>> spread(const Normalize<A>& n) {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-template <class T>
-struct ForwardRow {
-  const T* x;
-  T* y;
-  Normalize<Acc<T>> n;
-};
-
-template <bool Center, bool Affine, bool Stream, int Count, class T, class A = Acc<T>>
-inline void normalize_rows(const ForwardRow<T>* row, const A* weight, const A* bias, int64_t columns,
-                           const Ahead<T>& next_x) {
+template <bool Center, bool Affine, bool Stream, bool Fetch, int Count, class T, class A = Acc<T>>
+inline void normalize_rows(const T* const* from, T* const* to, const Normalize<A>* by, const A* weight, const A* bias,
+                           int64_t columns, const Ahead<T>& next_x) {
   const T* x[Count];
   T* y[Count];
   Normalize<Vec<A>> n[Count];
-  for (int i = 0; i < Count; ++i) x[i] = row[i].x, y[i] = row[i].y, n[i] = spread(row[i].n);
+  for (int i = 0; i < Count; ++i) x[i] = from[i], y[i] = to[i], n[i] = spread(by[i]);
   sweep_block<Stream, Count>(y[0], columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-    next_x.template fetch<Count>(j);
+    next_x.template fetch<Fetch, Count>(j);
     Vec<A> w, b;
     if constexpr (Affine) w = load(weight + j, lanes);
     if constexpr (Affine && Center) b = load(bias + j, lanes);
@@ -182,27 +218,38 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
   parallel(rows.count, columns, [&](int64_t begin, int64_t end) {
     typename Rows<3>::Walk at(rows, begin);
     for (int64_t left = end - begin; left > 0;) {
-      const int count = left >= storing.together ? storing.together : 1;
-      ForwardRow<T> block[kMostRows] = {};
+      constexpr int kMost = std::max(kMostRows, kLanes<A>);
+      const int count = static_cast<int>(std::min<int64_t>(left, narrow<T>(columns) ? kLanes<A> : storing.together));
+      const T* from[kMost];
+      T* to[kMost];
+      A* s[kMost];
+      Normalize<A> n[kMost];
       for (int i = 0; i < count; ++i) {
-        auto& row = block[i];
-        row = {x + at.offset[1], y + at.offset[0], {}};
+        from[i] = x + at.offset[1], to[i] = y + at.offset[0], s[i] = stats + at.offset[2];
         prepare(at.offset[2]);
-        row.n = measure<Center>(row.x, columns, eps);
-        A* s = stats + at.offset[2];
-        if constexpr (Center) {
-          s[0] = row.n.mean;
-          s[rows.count] = row.n.rest;
-          s[2 * rows.count] = row.n.rstd;
-        } else {
-          s[0] = row.n.rstd;
-        }
         if (--left > 0) at.next();
       }
+      if (narrow<T>(columns)) {
+        measure_narrow<Center>(from, count, columns, eps, n);
+      } else {
+        for (int i = 0; i < count; ++i) n[i] = measure<Center>(from[i], columns, eps);
+      }
+      for (int i = 0; i < count; ++i) {
+        if constexpr (Center) {
+          s[i][0] = n[i].mean;
+          s[i][rows.count] = n[i].rest;
+          s[i][2 * rows.count] = n[i].rstd;
+        } else {
+          s[i][0] = n[i].rstd;
+        }
+      }
       const Ahead<T> next_x(rows, at, 1, x);
-      with_block(storing.stream, count, [&]<bool Stream, int Count>() {
-        normalize_rows<Center, Affine, Stream, Count>(block, weight, bias, columns, next_x);
-      });
+      for (int i = 0, together; i < count; i += together) {
+        together = count - i >= storing.together ? storing.together : 1;
+        with_block(storing.stream, columns, together, [&]<bool Stream, bool Fetch, int Count>() {
+          normalize_rows<Center, Affine, Stream, Fetch, Count>(from + i, to + i, n + i, weight, bias, columns, next_x);
+        });
+      }
     }
     if (storing.stream) streamed();
   });
@@ -298,7 +345,8 @@ struct GradientAsItIs {
 };
 
 // dx of the rows, and their part of dweight and dbias in one visit to the sums.
-template <bool Center, bool Dx, bool Parameters, bool Stream, int Count, class T, class Finish, class A = Acc<T>>
+template <bool Center, bool Dx, bool Parameters, bool Stream, bool Fetch, int Count, class T, class Finish,
+          class A = Acc<T>>
 inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight, A* dbias, int64_t columns,
                           const Ahead<T>& next_dy, const Ahead<T>& next_x, const Finish& finish) {
   const T *dy[Count], *x[Count];
@@ -310,8 +358,8 @@ inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight
     mean_g[i] = broadcast(row[i].mean_g), mean_gx[i] = broadcast(row[i].mean_gx);
   }
   sweep_block<Stream, Count>(dx[0], columns, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
-    next_dy.template fetch<Count>(j);
-    next_x.template fetch<Count>(j);
+    next_dy.template fetch<Fetch, Count>(j);
+    next_x.template fetch<Fetch, Count>(j);
     Vec<A> dw{}, db{};
     const Vec<A> w = Dx && weight ? load(weight + j, lanes) : broadcast(A(1));
 #pragma GCC unroll 4
@@ -355,7 +403,7 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
   const int64_t width = Center ? 2 * columns : columns;
   // What is read again, or never stored, counts as nothing to stream.
   constexpr bool kReadsStored = decltype(make.template make<T>())::kReadsStored;
-  const Storing storing(rows, dx, columns, Dx && !kReadsStored ? 3 : 0, kMostRows);
+  const Storing storing(rows, dx, columns, Dx && !kReadsStored ? 3 : 0, backward_together(columns));
   parallel(chunks.count, chunks.rows_each * columns, [&](int64_t begin, int64_t end) {
     auto finish = make.template make<T>();
     // Last chunk first: of x and dy the end was written or read most recently, and may still be in a cache.
@@ -376,10 +424,10 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
           if (--left > 0) at.next();
         }
         const Ahead<T> next_dy(rows, at, 2, dy), next_x(rows, at, 1, x);
-        with_block(storing.stream, count, [&]<bool Stream, int Count>() {
+        with_block(storing.stream, columns, count, [&]<bool Stream, bool Fetch, int Count>() {
           if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
-          backward_rows<Center, Dx, Parameters, Dx && Stream, Count>(block, weight, dweight, dbias, columns, next_dy,
-                                                                     next_x, finish);
+          backward_rows<Center, Dx, Parameters, Dx && Stream, Fetch, Count>(block, weight, dweight, dbias, columns,
+                                                                            next_dy, next_x, finish);
         });
       }
     }
