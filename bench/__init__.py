@@ -101,14 +101,16 @@ class Moved:
 
 def operations(stems: Sequence[str] = (), *, processes: bool = False) -> dict[str, Any]:
     """The declared operations, all or those named, in alphabetical order; with `processes` those over several too."""
-    found = {}
+    found, left_out = {}, {}
     for module in pkgutil.iter_modules(__path__):
         if not module.name.startswith("_") and (ROOT / "fusedtricks" / "ops" / f"{module.name}.py").exists():
             declared = getattr(importlib.import_module(f"bench.{module.name}"), "OPERATION", None)
             # Else a program of its own.
-            if declared is not None and (processes or declared.processes == 1):
+            if declared is not None:
                 object.__setattr__(declared, "stem", module.name)
-                found[module.name] = declared
+                (found if processes or declared.processes == 1 else left_out)[module.name] = declared
+    if several := set(stems) & set(left_out):
+        raise SystemExit(f"bench: {', '.join(sorted(several))} runs in several processes, only to be timed, on a CPU")
     unknown = set(stems) - set(found)
     if unknown:
         raise SystemExit(f"bench: no operation {', '.join(sorted(unknown))}; there are {', '.join(found)}")

@@ -25,7 +25,7 @@ from fusedtricks.__main__ import cpu_model, environment
 RESULTS = ROOT / "bench" / "results"
 NOT_MEASURED = "not yet measured on a GPU"
 # Wide tables stay whole in a log file.
-console = Console(width=None if sys.stdout.isatty() else 160)
+console = Console(width=None if sys.stdout.isatty() else 200)
 
 
 def progress(total: int, what: str) -> Progress:
