@@ -76,11 +76,18 @@ def test_wanted_gradients(kernels: cuda_on_host.Kernels) -> None:
                 assert part.shape == (0,)
 
 
+@pytest.mark.parametrize("columns", [700, 701])
+def test_rows_in_registers_take_one_launch_each_way(kernels: cuda_on_host.Kernels, columns: int) -> None:
+    before = kernels.launches()
+    run(kernels.ops, columns, torch.bfloat16, True)
+    assert kernels.launches() - before == 2
+
+
 def test_every_kernel_is_reached(kernels: cuda_on_host.Kernels) -> None:
     for device, columns in itertools.product(DEVICES.values(), (700, 701)):
         with kernels.device(**device):
             run(kernels.ops, columns, torch.float32, True)
     names = ("normalize_sums", "add_strips", "normalize_sum_strips", "split_gradients", "project_sum_strips")
-    for kernel in ("add_elements<float, 1", *(f"{name}<float, {width}>" for name in names for width in (1, 4))):
-        name = f"void fusedtricks::cuda::{kernel}"
+    for kernel, width in itertools.product(names, (1, 4)):
+        name = f"void fusedtricks::cuda::{kernel}<float, {width}>"
         assert any(k.startswith(name) for k in kernels.launched()), f"{name} was never launched"

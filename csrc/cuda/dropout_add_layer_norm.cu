@@ -11,9 +11,9 @@
 //              wider      strips: projections, then gradients; dy and the sum again, from L2 while
 //                         they fit                                                                     5 or 7 R C s
 //
-// Of rows that are not aligned to 16 bytes the elements of one random block would be spread over threads. There the sum
-// is made, and the gradient dropped, by a launch of its own that knows no rows: R C s bytes more, from L2 while they
-// fit.
+// Of rows that are not aligned to 16 bytes the elements of one random block are spread over threads, which draw the
+// blocks of a row together and leave one another a bit of each element in shared memory. Such rows take more registers,
+// hence fewer threads: 16 to 32 KB and 8 KB in registers.
 #include "math/dropout.h"
 #include "math/philox.h"
 #include "row_norm_backward.cuh"
@@ -23,7 +23,6 @@ namespace fusedtricks::cuda {
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
 
-inline constexpr int kPlainThreads = 256;
 inline constexpr int kOfBlock = 8;  // elements that share a random block
 
 template <class A>
@@ -43,29 +42,49 @@ struct Dropping {
   }
 };
 
-// z = dropout(x) + residual, or dropout(x) where there is none, of n elements in counting order. z may be x.
-template <class T, int Width, class A = Acc<T>>
-__global__ void __launch_bounds__(kPlainThreads)
-    add_elements(const T* x, const T* residual, T* z, int64_t n, const Dropping<A> drop) {
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kOfBlock;
-  alignas(kVectorBytes) T own[kOfBlock] = {}, other[kOfBlock] = {};
+// The same for the part of a row that a group of threads holds, N vectors each, from element number `first` on. All
+// threads of the block, `Threads` at most, make it together.
+template <class T, int Width, int N, int Threads, class A = Acc<T>>
+struct RowDropping {
+  const Dropping<A>& drop;
+  const int64_t first;
+  const unsigned char* bits = nullptr;  // a byte a random block; bit i is 1 where element i of it is dropped
+
+  __device__ __forceinline__ RowDropping(const Dropping<A>& drop, int64_t first, int count, const Group& group)
+      : drop(drop), first(first) {
+    if constexpr (Width < kLanes<T>) {
+      if (!drop.seed) return;
+      constexpr int kElements = N * kLanes<T>;  // of a thread; those of a group touch up to two more blocks
+      __shared__ unsigned char shared[Threads * kElements / kOfBlock + Threads * 2];
+      unsigned char* own = shared + threadIdx.x / group.size * (group.size * kElements / kOfBlock + 2);
+      group.meet();  // the bits of the row before have been read
+      for (int block = group.rank; block * kOfBlock < first % kOfBlock + count; block += group.size) {
+        const RandomBlock random(static_cast<uint64_t>(__ldg(drop.seed)),
+                                 static_cast<uint64_t>(first / kOfBlock + block));
+        unsigned byte = 0;
 #pragma unroll
-  for (int i = 0; i < kOfBlock; i += Width) {
-    if (first + i >= n) continue;
-    load<Width, Cache::kStream>(x + first + i, own + i);
-    if (residual) load<Width, Cache::kStream>(residual + first + i, other + i);
+        for (int i = 0; i < kOfBlock; ++i) byte |= unsigned{random.half(i) >= drop.keep} << i;
+        own[block] = static_cast<unsigned char>(byte);
+      }
+      group.meet();
+      bits = own;
+    }
   }
-  A value[kOfBlock];
+
+  // Vector k of the thread.
+  __device__ __forceinline__ void operator()(const Columns<Width>& columns, int k, A (&value)[kLanes<T>]) const {
+    if constexpr (Width < kLanes<T>) {
+      if (!drop.seed) return;
 #pragma unroll
-  for (int i = 0; i < kOfBlock; ++i) value[i] = widen(own[i]);
-  drop(first, value);
-#pragma unroll
-  for (int i = 0; i < kOfBlock; ++i) own[i] = narrow<T>(value[i] + widen(other[i]));
-#pragma unroll
-  for (int i = 0; i < kOfBlock; i += Width) {
-    if (first + i < n) store<Width, Cache::kKeep>(own + i, z + first + i);
+      for (int i = 0; i < kLanes<T>; ++i) {
+        const int at = static_cast<int>(first % kOfBlock) + columns.template column<T>(k, i);
+        value[i] = dropped(value[i], bits[at / kOfBlock] >> at % kOfBlock & 1u, 1u, drop.scale);
+      }
+    } else {
+      drop(first + columns.template column<T>(k, 0), value);
+    }
   }
-}
+};
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -77,23 +96,24 @@ struct SumForward : Forward<T> {  // y, x and stats are plain; of stats there ar
   bool center;
 };
 
-inline constexpr int kSumThreads = 512;
+template <class T, int Width>
+inline constexpr int kSumThreads = Width == kLanes<T> || sizeof(T) > 2 ? 512 : 256;
 
-// z = dropout(x) + residual, rounded, from element number `first` on. Of rows without alignment z is there already.
-template <class T, int Width, int N>
+// z = dropout(x) + residual, rounded, from element number `first` on.
+template <int Threads, class T, int Width, int N>
 __device__ __forceinline__ void add_residual(const SumForward<T>& a, int64_t first, const Columns<Width>& columns,
-                                             InRegisters<T, N>& tile) {
+                                             const Group& group, InRegisters<T, N>& tile) {
   using A = Acc<T>;
-  if constexpr (Width < kLanes<T>) return tile.template load<Cache::kKeep>(a.z + first, columns);
   InRegisters<T, N> residual;
   tile.template load<Cache::kStream>(a.x + first, columns);
   residual.template load<Cache::kStream>(a.residual + first, columns);
+  const RowDropping<T, Width, N, Threads> drop(a.drop, first, columns.count, group);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     A value[kLanes<T>];
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) value[i] = widen(tile.v[k].at[i]);
-    a.drop(first + columns.template column<T>(k, 0), value);
+    drop(columns, k, value);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) value[i] += widen(residual.v[k].at[i]);
     narrow(value, tile.v[k]);
@@ -120,13 +140,13 @@ __device__ __forceinline__ auto load_sum_stats(const Sum& a, int64_t r) {
 }
 
 template <class T, int Width>
-__global__ void __launch_bounds__(kSumThreads, 1) normalize_sums(const SumForward<T> a) {
+__global__ void __launch_bounds__(kSumThreads<T, Width>, 1) normalize_sums(const SumForward<T> a) {
   Group group(a.lanes);
   const int64_t r = static_cast<int64_t>(blockIdx.x) * (blockDim.x / a.lanes) + threadIdx.x / a.lanes;
   const int64_t first = r < a.R ? r * a.C : 0;
   const Columns<Width> columns{r < a.R ? static_cast<int>(a.C) : 0, a.lanes, group.rank};
   InRegisters<T, kForwardVectors> tile;
-  add_residual(a, first, columns, tile);
+  add_residual<kSumThreads<T, Width>>(a, first, columns, group, tile);
   const auto n = measure_sum(a, tile, columns, a.C, group).normalize(a.eps);
   if (r < a.R && group.rank == 0) store_sum_stats(a, r, n);
   write_normalized<true, T>(a, tile, columns, n, a.y + first, 0);
@@ -141,7 +161,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) add_strips(const SumForward<
   const Strip<T> strip(blockIdx.x, a.strips, a.C, N);
   const Columns<Width> columns{strip.count, a.lanes, group.rank};
   InRegisters<T, N> tile;
-  add_residual(a, strip.r * a.C + strip.first, columns, tile);
+  add_residual<kStripThreads>(a, strip.r * a.C + strip.first, columns, group, tile);
   auto* of_row = reinterpret_cast<Moments<A>*>(a.moments) + strip.r * a.strips;
   const auto moments = measure_sum(a, tile, columns, strip.count, group);
   if (threadIdx.x == 0) of_row[strip.s] = moments;
@@ -200,8 +220,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) project_sum_strips(const Sum
 template <class T, int Width>
 inline constexpr int kSplitThreads = Width == kLanes<T> ? 512 : 256;
 
-// backward_rows with the gradient that came to z itself added, and the sum stored twice: the second time dropped, where
-// rows are aligned.
+// backward_rows with the gradient that came to z itself added, and the sum stored twice: the second time dropped.
 template <class T, int Width>
 __global__ void __launch_bounds__(kSplitThreads<T, Width>, 1) split_gradients(const SumBackward<T> a) {
   using A = Acc<T>;
@@ -226,6 +245,7 @@ __global__ void __launch_bounds__(kSplitThreads<T, Width>, 1) split_gradients(co
     const Columns<Width> written{through && r < a.R ? strip.count : 0, a.lanes, group.rank};
     InRegisters<T, N> dz{};
     if (a.dz) dz.template load<Cache::kStream>(a.dz + first, written);
+    const RowDropping<T, Width, N, kSplitThreads<T, Width>> drop(a.drop, first, a.dropped ? written.count : 0, group);
     Sums<A, 2> mean{};
     if (through && a.projections) {
       const A* of_row = a.projections + (a.R * a.strips + r) * 2;
@@ -244,12 +264,10 @@ __global__ void __launch_bounds__(kSplitThreads<T, Width>, 1) split_gradients(co
       narrow(value, out);
       if (a.dx) written.template store<T, Cache::kStream>(out.at, k, a.dx + first);
       if (!a.dropped) continue;
-      if constexpr (Width == kLanes<T>) {
 #pragma unroll
-        for (int i = 0; i < kLanes<T>; ++i) value[i] = widen(out.at[i]);
-        a.drop(first + columns.template column<T>(k, 0), value);
-        narrow(value, out);
-      }
+      for (int i = 0; i < kLanes<T>; ++i) value[i] = widen(out.at[i]);
+      drop(columns, k, value);
+      narrow(value, out);
       written.template store<T, Cache::kStream>(out.at, k, a.dropped + first);
     }
   }
@@ -273,18 +291,6 @@ void with_row_width(int64_t C, const RowMap<K>& rows, std::initializer_list<cons
 }
 
 template <class T>
-void launch_elements(const Device& device, const T* x, const T* residual, T* z, int64_t n,
-                     const Dropping<Acc<T>>& drop) {
-  bool aligned = n % kLanes<T> == 0;
-  for (const T* tensor : {x, residual, static_cast<const T*>(z)}) {
-    aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % kVectorBytes == 0;
-  }
-  const int threads = std::min(device.threads_per_block(), kPlainThreads);
-  const int64_t blocks = ceil_div(n, int64_t{threads} * kOfBlock);
-  device.launch(aligned ? add_elements<T, kLanes<T>> : add_elements<T, 1>, blocks, threads, 0, x, residual, z, n, drop);
-}
-
-template <class T>
 Dropping<Acc<T>> dropping(const MaybeTensor& seed, int64_t keep) {
   return {seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, static_cast<uint32_t>(keep),
           dropout_scale<Acc<T>>(keep)};
@@ -292,8 +298,7 @@ Dropping<Acc<T>> dropping(const MaybeTensor& seed, int64_t keep) {
 
 template <class T, int Width>
 void launch_forward(const Device& device, SumForward<T> a, const Tensor& x) {
-  if constexpr (Width < kLanes<T>) launch_elements(device, a.x, a.residual, a.z, a.R * a.C, a.drop);
-  const int threads = std::min(device.threads_per_block(), kSumThreads);
+  const int threads = std::min(device.threads_per_block(), kSumThreads<T, Width>);
   const int64_t lanes = lanes_for<T>(a.C, kForwardVectors);
   if (lanes <= threads) {
     a.lanes = static_cast<int>(lanes);
@@ -355,9 +360,6 @@ void launch_backward(const Device& device, SumBackward<T> a, const Tensor& z) {
   }
   const int64_t joined = a.lanes < block ? a.lanes * N * kLanes<T> * 2 * int64_t{sizeof(A)} : 0;
   device.launch(split_gradients<T, Width>, a.row_blocks * a.strips, block, joined, a);
-  if constexpr (Width < kLanes<T>) {
-    if (a.dropped && a.drop.seed) launch_elements<T>(device, a.dropped, nullptr, a.dropped, a.R * a.C, a.drop);
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_bwd(const Tensor& grad, const MaybeTensor& dz,

@@ -44,6 +44,9 @@ struct Group {
   __device__ __forceinline__ explicit Group(int threads)
       : size(threads), rank(threads <= kWarp ? threadIdx.x % threads : threadIdx.x) {}
 
+  // What the group wrote to shared memory is visible to all of it. All threads of the block call this together.
+  __device__ __forceinline__ void meet() const { size <= kWarp ? __syncwarp() : __syncthreads(); }
+
   // combine(a, b) is commutative and S{} is its neutral element; every thread of the group gets the same bits. The
   // tree is fixed by `size`. All threads of the block call this together.
   template <class S, class Combine>

@@ -45,6 +45,33 @@ NATIVE_BUGS = {
 
 CUDA_BUGS = {
     "vectors share the first half of a random block": NativeBug(
-        "cuda/dropout_add_layer_norm.cu", "static_cast<int>(first % kOfBlock)", "0", "dropout_add_layer_norm"
+        "cuda/dropout_add_layer_norm.cu",
+        "kOfBlock ? 0 : static_cast<int>(first % kOfBlock)",
+        "kOfBlock ? 0 : 0",
+        "dropout_add_layer_norm",
+    ),
+    "every row begins with a random block": NativeBug(
+        "cuda/dropout_add_layer_norm.cu",
+        "at = static_cast<int>(first % kOfBlock) + columns",
+        "at = columns",
+        "dropout_add_layer_norm",
+    ),
+    "random block cut off with the row": NativeBug(
+        "cuda/dropout_add_layer_norm.cu", "< first % kOfBlock + count", "< count", "dropout_add_layer_norm"
+    ),
+    "rows of a block share their bits": NativeBug(
+        "cuda/dropout_add_layer_norm.cu",
+        "shared + threadIdx.x / group.size *",
+        "shared + 0 *",
+        "dropout_add_layer_norm",
+    ),
+    "bits of the row before overwritten while they are read": NativeBug(
+        "cuda/dropout_add_layer_norm.cu",
+        "group.meet();  // the bits of the row before have been read",
+        "",
+        "dropout_add_layer_norm",
+    ),
+    "bits read before they are drawn": NativeBug(
+        "cuda/dropout_add_layer_norm.cu", "group.meet();\n      bits = own;", "bits = own;", "dropout_add_layer_norm"
     ),
 }
