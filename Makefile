@@ -31,7 +31,7 @@ install: $$(BUILT) ## set up, build, and say what runs where
 	$(PY) -m fusedtricks
 
 demo: $$(BUILT) ## train on handwritten digits with torch's parts and with ours: the same curves, the time of each step
-	$(PY) examples/digits.py $(ARGS)
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PY) examples/digits.py $(ARGS)
 
 test: $$(BUILT) ## every check that needs no GPU, and those on the GPU where there is one
 	$(PYTEST) tests $(ARGS)
@@ -79,7 +79,7 @@ $(VENV)/.built: $(VENV)/.dev $(NATIVE)
 	$(VENV)/bin/python -m pip install --no-build-isolation --no-deps -v -e .
 	@touch $@
 
-# In place, so that the interpreter's own packages stay as they are.
+# In place, so that the interpreter's own packages stay as they are; `demo` names the place.
 build/.inplace: $(NATIVE)
 	@mkdir -p build
 	ln -sfn ../triton_kernels fusedtricks/triton_kernels
