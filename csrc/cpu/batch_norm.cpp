@@ -195,8 +195,9 @@ void walk_back(const RowCut& cut, const Arrays<A>& values, bool streaming, const
 }
 
 // The order of work on planes: of a group of channels sum(group, chunk) for each chunk, finish(group), and write(group,
-// chunk), the last chunk first, for what was read last is still in the caches. Where channels are too few to occupy the
-// threads, they share the chunks instead. A backward begins with the last group: of x, the forward read it last.
+// chunk, ahead), the last chunk first, for what was read last is still in the caches; the group that is next lies
+// `ahead` channels further on. Where channels are too few to occupy the threads, they share the chunks instead. A
+// backward begins with the last group: of x, the forward read it last.
 template <bool Backward, class Sum, class Finish, class Write>
 void over_planes(const Planes& cut, const Groups& groups, int64_t samples, bool summed, bool written, bool streaming,
                  const Sum& sum, const Finish& finish, const Write& write) {
@@ -206,7 +207,8 @@ void over_planes(const Planes& cut, const Groups& groups, int64_t samples, bool 
         const int64_t group = Backward ? begin + end - 1 - k : k;
         for (int64_t i = 0; i < cut.chunks; ++i) sum(group, i);
         finish(group);
-        for (int64_t i = cut.chunks; written && i-- > 0;) write(group, i);
+        const int64_t next = k + 1 == end ? 0 : Backward ? -groups.size : groups.size;
+        for (int64_t i = cut.chunks; written && i-- > 0;) write(group, i, next);
       }
       if (streaming) streamed();
     });
@@ -220,7 +222,7 @@ void over_planes(const Planes& cut, const Groups& groups, int64_t samples, bool 
   for (int64_t group = 0; group < groups.count; ++group) finish(group);
   if (!written) return;
   parallel(count, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t k = end; k-- > begin;) write(k % groups.count, k / groups.count);
+    for (int64_t k = end; k-- > begin;) write(k % groups.count, k / groups.count, 0);
     if (streaming) streamed();
   });
 }
@@ -256,6 +258,7 @@ struct Forward {
     auto* sums = reinterpret_cast<ShiftedSums<A>*>(parts[0]);
     const int64_t run = groups.as_columns ? s.channels * s.inner : s.inner;
     const bool streaming = past_caches<T>(s, run, mode != kMasked && !groups.as_columns, {y});
+    const Flags flags{streaming, residual.data != nullptr};
     auto measure_chunk = [&](int64_t group, int64_t i) {
       const auto at = cut.chunk(s, i);
       const int64_t first = groups.begin(group);
@@ -278,29 +281,34 @@ struct Forward {
       if (bits) run.bits = bits + (r * s.channels + c) * row_bytes + begin / 8;
       return run;
     };
-    auto write_chunk = [&]<Mode M>(int64_t group, int64_t i) {
+    auto write_chunk = [&]<Mode M>(int64_t group, int64_t i, int64_t ahead) {
       const auto at = cut.chunk(s, i);
+      const Ahead next{ahead * x.channel, 0, ahead * residual.channel};
       const int64_t first = groups.begin(group), end = groups.end(group);
-      if (M != kMasked && groups.as_columns) {
-        return walk_short_runs<kShift + 1, much(M), A>(at, s, values, first, end, [&](int64_t r) {
-          return [&, run = run_at(r, first, 0)](int64_t j, auto lanes, const auto& k)
-                     __attribute__((always_inline)) { forward_step<M>(run, j, lanes, k, shape, streaming); };
-        });
-      }
-      for (int64_t r = at.run; r < at.run + at.runs; ++r) {
-        for (int64_t c = first; c < end; ++c) {
-          const auto run = run_at(r, c, at.begin);
-          const auto k = of_channel<kShift + 1, A>(values, c);
-          sweep_run<much(M) ? 1 : 4>(at.length, run.y, streaming,
-                                     [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-                                       forward_step<M>(run, j, lanes, k, shape, streaming);
-                                     });
+      with_forward_flags<M>(flags, [&](const auto& flags) {
+        if (M != kMasked && groups.as_columns) {
+          return walk_short_runs<kShift + 1, much(M), A>(at, s, values, first, end, [&](int64_t r) {
+            return [&, run = run_at(r, first, 0)](int64_t j, auto lanes, const auto& k)
+                       __attribute__((always_inline)) { forward_step<M>(run, j, lanes, k, shape, flags); };
+          });
         }
-      }
+        for (int64_t r = at.run; r < at.run + at.runs; ++r) {
+          for (int64_t c = first; c < end; ++c) {
+            const auto run = run_at(r, c, at.begin);
+            const auto k = of_channel<kShift + 1, A>(values, c);
+            sweep_run<much(M) ? 1 : 4>(at.length, run.y, flags.streaming,
+                                       [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+                                         next.fetch(run, j, flags);
+                                         forward_step<M>(run, j, lanes, k, shape, flags);
+                                       });
+          }
+        }
+      });
     };
     with_mode(mode, [&]<Mode M>() {
-      over_planes<false>(cut, groups, s.samples(), measured, written, streaming, measure_chunk, finish,
-                         [&](int64_t group, int64_t i) { write_chunk.template operator()<M>(group, i); });
+      over_planes<false>(
+          cut, groups, s.samples(), measured, written, streaming, measure_chunk, finish,
+          [&](int64_t group, int64_t i, int64_t ahead) { write_chunk.template operator()<M>(group, i, ahead); });
     });
   }
 
@@ -320,6 +328,7 @@ struct Forward {
     for (int i = 0; i < 3; ++i) spread(cut, s, values[i]);
     if (!written) return;
     const bool streaming = past_caches<T>(s, cut.width, false, {y});
+    const Flags flags{streaming, residual.data != nullptr};
     auto run_at = [&](int64_t row) {
       Run<T> run{};
       run.x = x.data + row * x.outer;
@@ -331,7 +340,7 @@ struct Forward {
     with_mode(mode, [&]<Mode M>() {
       walk_back<A, kShift + 1, much(M)>(cut, values, streaming, [&](int64_t row) {
         return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k)
-                   __attribute__((always_inline)) { forward_step<M>(run, j, lanes, k, shape, streaming); };
+                   __attribute__((always_inline)) { forward_step<M>(run, j, lanes, k, shape, flags); };
       });
     });
   }
@@ -471,6 +480,7 @@ struct Backward {
     const Arrays<A> values(kValues, s.channels, where), parts(2, s.channels * cut.chunks, where);
     const int64_t run = groups.as_columns ? s.channels * s.inner : s.inner;
     const bool streaming = past_caches<T>(s, run, mode != kMasked && !groups.as_columns, {dx, dresidual});
+    const Flags flags{streaming, residual.data != nullptr, training, dx != nullptr, dresidual != nullptr};
     const int64_t row_bytes = (s.inner + 7) / 8;
     auto run_at = [&](int64_t r, int64_t c, int64_t begin) {
       const int64_t at = (r * s.channels + c) * s.inner + begin;
@@ -501,32 +511,36 @@ struct Backward {
         derive_means(c, g, gx, values[kOffset], values[kSlope]);
       }
     };
-    auto write_chunk = [&]<Mode M>(int64_t group, int64_t i) {
+    auto write_chunk = [&]<Mode M>(int64_t group, int64_t i, int64_t ahead) {
       const auto at = cut.chunk(s, i);
+      const Ahead next{ahead * x.channel, ahead * dy.channel, ahead * residual.channel};
       const int64_t first = groups.begin(group), end = groups.end(group);
-      if (M != kMasked && groups.as_columns) {
-        return walk_short_runs<kSlope + 1, much(M), A>(at, s, values, first, end, [&](int64_t r) {
-          return [&, run = run_at(r, first, 0)](int64_t j, auto lanes, const auto& k)
-                     __attribute__((always_inline)) { backward_step<M>(run, j, lanes, k, shape, training, streaming); };
-        });
-      }
-      for (int64_t r = at.run; r < at.run + at.runs; ++r) {
-        for (int64_t c = first; c < end; ++c) {
-          const auto run = run_at(r, c, at.begin);
-          const auto k = of_channel<kValues, A>(values, c);
-          sweep_run<much(M) ? 1 : 2>(at.length, dx ? run.dx : run.dresidual, streaming,
-                                     [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-                                       backward_step<M>(run, j, lanes, k, shape, training, streaming);
-                                     });
+      with_backward_flags<M>(flags, [&](const auto& flags) {
+        if (M != kMasked && groups.as_columns) {
+          return walk_short_runs<kSlope + 1, much(M), A>(at, s, values, first, end, [&](int64_t r) {
+            return [&, run = run_at(r, first, 0)](int64_t j, auto lanes, const auto& k)
+                       __attribute__((always_inline)) { backward_step<M>(run, j, lanes, k, shape, flags); };
+          });
         }
-      }
+        for (int64_t r = at.run; r < at.run + at.runs; ++r) {
+          for (int64_t c = first; c < end; ++c) {
+            const auto run = run_at(r, c, at.begin);
+            const auto k = of_channel<kValues, A>(values, c);
+            sweep_run<much(M) ? 1 : 2>(at.length, flags.dx ? run.dx : run.dresidual, flags.streaming,
+                                       [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+                                         next.fetch(run, j, flags);
+                                         backward_step<M>(run, j, lanes, k, shape, flags);
+                                       });
+          }
+        }
+      });
     };
     for (int64_t c = 0; c < s.channels; ++c) derive(c, values);
     with_mode(mode, [&]<Mode M>() {
       over_planes<true>(
           cut, groups, s.samples(), summed, written(), streaming,
           [&](int64_t group, int64_t i) { sum_chunk.template operator()<M>(group, i); }, finish,
-          [&](int64_t group, int64_t i) { write_chunk.template operator()<M>(group, i); });
+          [&](int64_t group, int64_t i, int64_t ahead) { write_chunk.template operator()<M>(group, i, ahead); });
     });
   }
 
@@ -566,9 +580,10 @@ struct Backward {
       if (!written()) return;
       for (int i : {kOffset, kSlope}) spread(cut, s, values[i]);
       const bool streaming = past_caches<T>(s, cut.width, false, {dx, dresidual});
+      const Flags flags{streaming, residual.data != nullptr, training, dx != nullptr, dresidual != nullptr};
       walk_back<A, kSlope + 1, much(M)>(cut, values, streaming, [&](int64_t row) {
         return [&, run = run_at(row)](int64_t j, auto lanes, const auto& k)
-                   __attribute__((always_inline)) { backward_step<M>(run, j, lanes, k, shape, training, streaming); };
+                   __attribute__((always_inline)) { backward_step<M>(run, j, lanes, k, shape, flags); };
       });
     });
   }

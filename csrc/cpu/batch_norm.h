@@ -379,8 +379,8 @@ inline __attribute__((always_inline)) void reduce_short_runs(int64_t channels, i
 
 // ---- activations ----------------------------------------------------------------------------------------------------
 
-// What follows normalization; the mask stands for the sign of z in a backward. Kernels are compiled for each of these
-// only, for that is what costs time to compile; what else differs is looked up for every register, which costs little.
+// What follows normalization; the mask stands for the sign of z in a backward. Kernels are compiled for each of these;
+// what else differs, the flags below, is looked up for every register where that costs little.
 enum Mode { kPlain, kRectified, kMasked, kWithSilu, kWithGelu };
 
 // Is a register of elements work for many instructions?
@@ -441,31 +441,80 @@ inline __attribute__((always_inline)) void sweep_run(int64_t length, const T* p,
   sweep<A, Unroll>(head, length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) { f(j, lanes); });
 }
 
+// What a call reads and writes, looked up for every register,
+struct Flags {
+  bool streaming, residual, training = false, dx = false, dresidual = false;
+};
+// or known when a loop is compiled.
+template <Flags F>
+struct Fixed {
+  static constexpr bool streaming = F.streaming, residual = F.residual;
+  static constexpr bool training = F.training, dx = F.dx, dresidual = F.dresidual;
+};
+
+// How far on, in each tensor, the same elements of what is worked on next lie. They are fetched during a pass over what
+// the caches hold, when memory would be idle: of tensors that no cache holds as a whole. Of 16-bit elements too few
+// come with one instruction.
+struct Ahead {
+  int64_t x, dy, residual;
+
+  template <class T, class F>
+  inline __attribute__((always_inline)) void fetch(const Run<T>& run, int64_t j, const F& flags) const {
+    if (!flags.streaming || sizeof(T) == 2) return;
+    __builtin_prefetch(run.x + j + x, 0, 2);
+    if (run.dy) __builtin_prefetch(run.dy + j + dy, 0, 2);
+    if (flags.residual) __builtin_prefetch(run.residual + j + residual, 0, 2);
+  }
+};
+
+// run(flags), which are fixed where looking them up takes as long as the arithmetic, for what calls usually ask for.
+template <Mode M, class F>
+void with_forward_flags(const Flags& flags, const F& run) {
+  if constexpr (much(M)) {
+    run(flags);
+  } else if (flags.residual) {
+    flags.streaming ? run(Fixed<Flags{true, true}>{}) : run(Fixed<Flags{false, true}>{});
+  } else {
+    flags.streaming ? run(Fixed<Flags{true, false}>{}) : run(Fixed<Flags{false, false}>{});
+  }
+}
+template <Mode M, class F>
+void with_backward_flags(const Flags& flags, const F& run) {
+  constexpr bool kDresidual = M == kMasked;
+  if constexpr (!much(M)) {
+    if (flags.training && flags.dx && !flags.residual && flags.dresidual == kDresidual) {
+      return flags.streaming ? run(Fixed<Flags{true, false, true, true, kDresidual}>{})
+                             : run(Fixed<Flags{false, false, true, true, kDresidual}>{});
+    }
+  }
+  run(flags);
+}
+
 template <class T, class L>
 inline __attribute__((always_inline)) void put(T* p, Vec<Acc<T>> v, L lanes, bool past_caches) {
   past_caches ? stream(p, v, lanes) : store(p, v, lanes);
 }
 
-template <Mode M, class T, class L, class C, class A = Acc<T>>
+template <Mode M, class T, class L, class C, class F, class A = Acc<T>>
 inline __attribute__((always_inline)) void forward_step(const Run<T>& run, int64_t j, L lanes, const C& c,
-                                                        const Shape<A>& shape, bool past_caches) {
+                                                        const Shape<A>& shape, const F& flags) {
   const ChannelForward<Vec<A>> normalize{c[kMean], c[kScale], c[kShift]};
   auto z = normalize(load(run.x + j, lanes));
-  if (run.residual) z += load(run.residual + j, lanes);
+  if (flags.residual) z += load(run.residual + j, lanes);
   if constexpr (M == kMasked) store_bits<A>(run.bits, j, to_bits<A>(~(z <= Vec<A>{})), lanes);
-  put(run.y + j, activate<M, A>(z, shape), lanes, past_caches);
+  put(run.y + j, activate<M, A>(z, shape), lanes, flags.streaming);
 }
 
 // g = dy activation'(z); lanes beyond the tail are 0 in every mode, for dy is.
 template <Mode M, class T, class L, class C, class A = Acc<T>>
 inline __attribute__((always_inline)) Vec<A> gradient(const Run<T>& run, int64_t j, L lanes, Vec<A> x, const C& c,
-                                                      const Shape<A>& shape) {
+                                                      const Shape<A>& shape, bool residual) {
   const auto g = load(run.dy + j, lanes);
   if constexpr (M == kPlain) return g;
   if constexpr (M == kMasked) return load_bits<A>(run.bits, j, lanes) ? g : shape.low(g);
   const ChannelForward<Vec<A>> normalize{c[kMean], c[kScale], c[kShift]};
   auto z = normalize(x);
-  if (run.residual) z += load(run.residual + j, lanes);
+  if (residual) z += load(run.residual + j, lanes);
   return keep<A>(activate_backward<M, A>(g, z, shape), lanes);
 }
 
@@ -474,24 +523,24 @@ template <Mode M, class T, class L, class C, class A = Acc<T>>
 inline __attribute__((always_inline)) void sum_step(const Run<T>& run, int64_t j, L lanes, const C& c,
                                                     const Shape<A>& shape, Vec<A>* sums) {
   const auto x = load(run.x + j, lanes);
-  const auto g = gradient<M>(run, j, lanes, x, c, shape);
+  const auto g = gradient<M>(run, j, lanes, x, c, shape, run.residual);
   sums[0] += g;
   sums[1] += g * ((x - c[kMean]) * c[kRstd] + c[kDrift]);
 }
 
-template <Mode M, class T, class L, class C, class A = Acc<T>>
+template <Mode M, class T, class L, class C, class F, class A = Acc<T>>
 inline __attribute__((always_inline)) void backward_step(const Run<T>& run, int64_t j, L lanes, const C& c,
-                                                         const Shape<A>& shape, bool training, bool past_caches) {
-  const bool read = M == kRectified || much(M) || (training && run.dx);
+                                                         const Shape<A>& shape, const F& flags) {
+  const bool read = M == kRectified || much(M) || (flags.training && flags.dx);
   const auto x = read ? load(run.x + j, lanes) : Vec<A>{};
-  const auto g = gradient<M>(run, j, lanes, x, c, shape);
-  if (run.dresidual) put(run.dresidual + j, g, lanes, past_caches);
-  if (!run.dx) return;
-  if (training) {
+  const auto g = gradient<M>(run, j, lanes, x, c, shape, flags.residual);
+  if (flags.dresidual) put(run.dresidual + j, g, lanes, flags.streaming);
+  if (!flags.dx) return;
+  if (flags.training) {
     const ChannelBackward<Vec<A>> dx{c[kMean], c[kScale], c[kOffset], c[kSlope]};
-    put(run.dx + j, dx(g, x), lanes, past_caches);
+    put(run.dx + j, dx(g, x), lanes, flags.streaming);
   } else {
-    put(run.dx + j, c[kScale] * g, lanes, past_caches);
+    put(run.dx + j, c[kScale] * g, lanes, flags.streaming);
   }
 }
 
