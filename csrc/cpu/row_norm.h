@@ -61,7 +61,7 @@ inline Normalize<A> measure(const T* x, int64_t columns, A eps) {
 
 // Rows of so few bytes are measured many at a time.
 template <class T>
-bool narrow(int64_t columns) {
+inline bool measured_together(int64_t columns) {
   return columns * int64_t{sizeof(T)} < 512;
 }
 
@@ -91,7 +91,7 @@ inline void measure_narrow(const T* const* x, int count, int64_t columns, A eps,
   for (int i = 0; i < count; ++i) {
     const A near = mean[i] + rest[i];
     n[i] = {near, (mean[i] - near) + rest[i], rstd[i]};
-    if (!(d2[i] <= std::numeric_limits<A>::max())) n[i] = measure<Center>(x[i], columns, eps);
+    if (!(d2[i] <= std::numeric_limits<A>::max())) n[i] = measure<Center>(x[i], columns, eps);  // squares overflowed
   }
 }
 
@@ -150,12 +150,12 @@ inline __attribute__((always_inline)) void sweep_block(const T* p, int64_t colum
 
 // The rows of tensor k, which begins at `p`, from where the walk stands: those that come after a block.
 template <class T>
-struct Ahead {
+struct NextRows {
   const T* first;
   int64_t pitch;
 
   template <int K>
-  Ahead(const Rows<K>& rows, const typename Rows<K>::Walk& at, int k, const T* p)
+  NextRows(const Rows<K>& rows, const typename Rows<K>::Walk& at, int k, const T* p)
       : first(p + at.offset[k]), pitch(rows.levels > 0 ? rows.stride[k][rows.levels - 1] : 0) {}
 
   template <bool Fetch, int Count>
@@ -181,7 +181,7 @@ inline Normalize<Vec<A>> spread(const Normalize<A>& n) {
 
 template <bool Center, bool Affine, bool Stream, bool Fetch, int Count, class T, class A = Acc<T>>
 inline void normalize_rows(const T* const* from, T* const* to, const Normalize<A>* by, const A* weight, const A* bias,
-                           int64_t columns, const Ahead<T>& next_x) {
+                           int64_t columns, const NextRows<T>& next_x) {
   const T* x[Count];
   T* y[Count];
   Normalize<Vec<A>> n[Count];
@@ -219,7 +219,8 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
     typename Rows<3>::Walk at(rows, begin);
     for (int64_t left = end - begin; left > 0;) {
       constexpr int kMost = std::max(kMostRows, kLanes<A>);
-      const int count = static_cast<int>(std::min<int64_t>(left, narrow<T>(columns) ? kLanes<A> : storing.together));
+      const int count =
+          static_cast<int>(std::min<int64_t>(left, measured_together<T>(columns) ? kLanes<A> : storing.together));
       const T* from[kMost];
       T* to[kMost];
       A* s[kMost];
@@ -229,7 +230,7 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
         prepare(at.offset[2]);
         if (--left > 0) at.next();
       }
-      if (narrow<T>(columns)) {
+      if (measured_together<T>(columns)) {
         measure_narrow<Center>(from, count, columns, eps, n);
       } else {
         for (int i = 0; i < count; ++i) n[i] = measure<Center>(from[i], columns, eps);
@@ -243,7 +244,7 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
           s[i][0] = n[i].rstd;
         }
       }
-      const Ahead<T> next_x(rows, at, 1, x);
+      const NextRows<T> next_x(rows, at, 1, x);
       for (int i = 0, together; i < count; i += together) {
         together = count - i >= storing.together ? storing.together : 1;
         with_block(storing.stream, columns, together, [&]<bool Stream, bool Fetch, int Count>() {
@@ -348,7 +349,7 @@ struct GradientAsItIs {
 template <bool Center, bool Dx, bool Parameters, bool Stream, bool Fetch, int Count, class T, class Finish,
           class A = Acc<T>>
 inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight, A* dbias, int64_t columns,
-                          const Ahead<T>& next_dy, const Ahead<T>& next_x, const Finish& finish) {
+                          const NextRows<T>& next_dy, const NextRows<T>& next_x, const Finish& finish) {
   const T *dy[Count], *x[Count];
   T* dx[Count];
   Normalize<Vec<A>> n[Count];
@@ -423,7 +424,7 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
           finish.begin(i, at.offset[3]);
           if (--left > 0) at.next();
         }
-        const Ahead<T> next_dy(rows, at, 2, dy), next_x(rows, at, 1, x);
+        const NextRows<T> next_dy(rows, at, 2, dy), next_x(rows, at, 1, x);
         with_block(storing.stream, columns, count, [&]<bool Stream, bool Fetch, int Count>() {
           if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
           backward_rows<Center, Dx, Parameters, Dx && Stream, Fetch, Count>(block, weight, dweight, dbias, columns,

@@ -171,7 +171,7 @@ struct ResidentBlock {
   int64_t shared;
 };
 
-// A channel so short takes less time, even if most of the device is idle, than a second launch.
+// A channel so short should take less time, even if most of the device is idle, than a second launch: an estimate.
 inline constexpr int64_t kShortChannel = 32 << 10;
 
 // The block that holds `tensors` of a channel, and the bytes of its signs, where there is to be one. The channel must

@@ -91,6 +91,7 @@ def gamma_zero_or_negative(x: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Te
 ADVERSARIES = {
     **{f"mean {mean:.0e}": shifted(mean) for mean in (0, 1e1, 1e2, 1e3, 1e4, 1e5)},
     "mean 1e3 in a short row": shifted(1e3, columns=5),
+    "mean 1e5 in narrow rows": shifted(1e5, columns=100),
     "mean 1e4 in a long row": Adversary(
         ((2, 30011), 1), lambda x, *rest: (x + 1e4, *rest), noise=10 * truth_noise(1e4)
     ),
@@ -99,6 +100,7 @@ ADVERSARIES = {
         ((6, 257), 1), lambda x, *rest: (x * 1e-12, *rest), dtypes=(torch.float32, torch.float64)
     ),
     "some rows huge": Adversary(((6, 257), 1), some_rows_huge, dtypes=(torch.float32, torch.bfloat16)),
+    "some narrow rows huge": Adversary(((6, 37), 1), some_rows_huge, dtypes=(torch.float32, torch.bfloat16)),
     "constant rows": Adversary(((6, 769), 1), lambda x, *rest: (x[:, :1].expand_as(x), *rest), noise=truth_noise(10)),
     "constant rows of 1e4": Adversary(
         ((6, 769), 1), lambda x, *rest: ((x[:, :1] + 1e4).expand_as(x), *rest), noise=truth_noise(1e4)
