@@ -112,10 +112,10 @@ inline Packed truncate(Vec<uint32_t> v) {
 
 inline Vec<float> widen(Packed p, bf16) {
 #if defined(__AVX512F__)
-  // One permutation: each value to the upper half of its lane; to the lower, what is zero beyond p.
-  constexpr Vec<uint16_t> kFrom = {16, 0, 16, 1, 16, 2,  16, 3,  16, 4,  16, 5,  16, 6,  16, 7,
-                                   16, 8, 16, 9, 16, 10, 16, 11, 16, 12, 16, 13, 16, 14, 16, 15};
-  return (Vec<float>)_mm512_permutexvar_epi16((__m512i)kFrom, _mm512_zextsi256_si512((__m256i)p));
+  // One permutation: each value to the upper half of its lane, zero to the lower.
+  constexpr Vec<uint16_t> kFrom = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                   0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)kFrom, _mm512_castsi256_si512((__m256i)p));
 #else
   return (Vec<float>)(extend(p) << 16);
 #endif
