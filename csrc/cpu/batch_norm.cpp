@@ -148,10 +148,6 @@ struct Operands {
   }
 };
 
-// What was read last is written first, for it is still in the caches; so many chunks of rows at a time are walked
-// forwards, as prefetchers expect.
-constexpr int64_t kChunksBack = 16;
-
 // f(row)(j, lanes, constants) for `columns` columns of `rows` rows from `first` on.
 template <int N, bool Much, class A, class V, class F>
 inline __attribute__((always_inline)) void walk_columns(int64_t first, int64_t rows, int64_t columns, const V& values,
@@ -180,18 +176,17 @@ inline __attribute__((always_inline)) void walk_short_runs(const Planes::Chunk& 
   }
 }
 
-// f(row)(j, lanes, constants) for all elements of all rows.
+// f(row)(j, lanes, constants) for all elements of all rows. What was read last is written first, for it is still in the
+// caches; a piece is walked forwards, as prefetchers expect.
 template <class A, int N, bool Much, class F>
 void walk_back(const RowCut& cut, const Arrays<A>& values, bool streaming, const F& f) {
-  parallel(cut.chunks, cut.rows * cut.width, [&](int64_t begin, int64_t end) {
-    for (int64_t i = end; i > begin; i -= kChunksBack) {
-      over_rows<true>(cut, cut.begin(std::max(begin, i - kChunksBack)), cut.end(i - 1),
-                      [&](int64_t row, int64_t, int64_t rows, int64_t columns) {
-                        walk_columns<N, Much, A>(row, rows, columns, values, f);
-                      });
-    }
+  auto run = [&](int64_t begin, int64_t end) {
+    over_rows<true>(cut, cut.begin(begin), cut.end(end - 1), [&](int64_t row, int64_t, int64_t rows, int64_t columns) {
+      walk_columns<N, Much, A>(row, rows, columns, values, f);
+    });
     if (streaming) streamed();
-  });
+  };
+  parallel(cut.chunks, cut.rows * cut.width, run, true);
 }
 
 // The order of work on planes: of a group of channels sum(group, chunk) for each chunk, finish(group), and write(group,
@@ -199,21 +194,26 @@ void walk_back(const RowCut& cut, const Arrays<A>& values, bool streaming, const
 // `ahead` channels further on. Where channels are too few to occupy the threads, they share the chunks instead. A
 // backward begins with the last group: of x, the forward read it last.
 template <bool Backward, class Sum, class Finish, class Write>
-void over_planes(const Planes& cut, const Groups& groups, int64_t samples, bool summed, bool written, bool streaming,
+void over_planes(const Planes& cut, const Groups& groups, const Channels& s, bool summed, bool written, bool streaming,
                  const Sum& sum, const Finish& finish, const Write& write) {
+  const int64_t samples = s.samples();
   if (summed && groups.occupy_threads) {
-    return parallel(groups.count, groups.size * samples, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t group = Backward ? begin + end - 1 - k : k;
-        for (int64_t i = 0; i < cut.chunks; ++i) sum(group, i);
-        finish(group);
-        const int64_t next = k + 1 == end ? 0 : Backward ? -groups.size : groups.size;
-        for (int64_t i = cut.chunks; written && i-- > 0;) write(group, i, next);
-      }
+    auto run = [&](Pieces& pieces) {
+      pieces.each([&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          const int64_t group = Backward ? begin + end - 1 - k : k;
+          for (int64_t i = 0; i < cut.chunks; ++i) sum(group, i);
+          finish(group);
+          const int64_t next = k + 1 == end ? pieces.next() : Backward ? group - 1 : group + 1;
+          const int64_t ahead = next < 0 ? 0 : groups.begin(next) - groups.begin(group);
+          for (int64_t i = cut.chunks; written && i-- > 0;) write(group, i, ahead);
+        }
+      });
       if (streaming) streamed();
-    });
+    };
+    return parallel_pieces(groups.count, s.channels * samples / groups.count, run, Backward);
   }
-  const int64_t count = cut.chunks * groups.count, cost = groups.size * samples / cut.chunks;
+  const int64_t count = cut.chunks * groups.count, cost = s.channels * samples / count;
   if (summed) {
     parallel(count, cost, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) sum(k % groups.count, k / groups.count);
@@ -221,10 +221,11 @@ void over_planes(const Planes& cut, const Groups& groups, int64_t samples, bool 
   }
   for (int64_t group = 0; group < groups.count; ++group) finish(group);
   if (!written) return;
-  parallel(count, cost, [&](int64_t begin, int64_t end) {
+  auto run = [&](int64_t begin, int64_t end) {
     for (int64_t k = end; k-- > begin;) write(k % groups.count, k / groups.count, 0);
     if (streaming) streamed();
-  });
+  };
+  parallel(count, cost, run, true);
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ struct Forward {
     };
     with_mode(mode, [&]<Mode M>() {
       over_planes<false>(
-          cut, groups, s.samples(), measured, written, streaming, measure_chunk, finish,
+          cut, groups, s, measured, written, streaming, measure_chunk, finish,
           [&](int64_t group, int64_t i, int64_t ahead) { write_chunk.template operator()<M>(group, i, ahead); });
     });
   }
@@ -538,7 +539,7 @@ struct Backward {
     for (int64_t c = 0; c < s.channels; ++c) derive(c, values);
     with_mode(mode, [&]<Mode M>() {
       over_planes<true>(
-          cut, groups, s.samples(), summed, written(), streaming,
+          cut, groups, s, summed, written(), streaming,
           [&](int64_t group, int64_t i) { sum_chunk.template operator()<M>(group, i); }, finish,
           [&](int64_t group, int64_t i, int64_t ahead) { write_chunk.template operator()<M>(group, i, ahead); });
     });

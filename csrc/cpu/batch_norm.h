@@ -140,22 +140,25 @@ struct Groups {
   static constexpr int64_t kMost = 32;
   static constexpr int64_t kBytes = 2 << 20;  // a thread's share of the caches, for all that a group reads
   static constexpr int64_t kShort = 64, kColumns = 1024;
-  int64_t channels, size, count;
+  int64_t channels, unit, count;
   bool occupy_threads, as_columns;
 
   // `bytes` are read for one sample.
   Groups(const Channels& s, int64_t bytes, bool as_columns) : channels(s.channels), as_columns(as_columns) {
     const int64_t threads = torch::stable::get_num_threads();
     occupy_threads = channels >= 2 * threads;
-    size = occupy_threads ? std::max<int64_t>(channels / (4 * threads), 1) : 1;
+    int64_t size = occupy_threads ? std::max<int64_t>(channels / (4 * threads), 1) : 1;
     size = std::min({size, kMost, std::max<int64_t>(kBytes / (bytes * s.samples()), 1)});
-    if (as_columns) size = std::min((size + unit(s) - 1) / unit(s) * unit(s), kColumns / s.inner / unit(s) * unit(s));
+    // So many channels end with a register, streamed or not.
+    unit = as_columns ? 16 / std::gcd(s.inner, int64_t{16}) : 1;
+    if (as_columns) size = std::min((size + unit - 1) / unit * unit, kColumns / s.inner / unit * unit);
+    // As many groups for each thread, of nearly equal sizes.
     count = (channels + size - 1) / size;
+    if (occupy_threads) count = std::min((count + threads - 1) / threads * threads, units());
   }
-  // So many channels end with a register, streamed or not.
-  static int64_t unit(const Channels& s) { return 16 / std::gcd(s.inner, int64_t{16}); }
-  int64_t begin(int64_t group) const { return group * size; }
-  int64_t end(int64_t group) const { return std::min(channels, (group + 1) * size); }
+  int64_t units() const { return (channels + unit - 1) / unit; }
+  int64_t begin(int64_t group) const { return std::min(units() * group / count * unit, channels); }
+  int64_t end(int64_t group) const { return begin(group + 1); }
 };
 
 // Sums over a chunk of each of `channels` channels: f(c)(run, j, lanes, terms) adds to terms[0..N-1], and what they

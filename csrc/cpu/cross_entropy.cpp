@@ -31,7 +31,7 @@ void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& 
   const P* t0 = Probabilities ? static_cast<const P*>(l.t.const_data_ptr()) : nullptr;
   const int64_t R = l.rows.count, C = l.classes;
   const bool far = goes_far(R * C * static_cast<int64_t>(sizeof(T)));
-  parallel(R, C, [&](int64_t begin, int64_t end) {
+  parallel_pieces(R, C, [&](Pieces& pieces) {
     // Exponentials of a row; in the result itself where that has their type and stays in the caches.
     const bool in_result = std::is_same_v<T, A> && !far;
     std::unique_ptr<A[]> scratch(pass.forward && pass.dx && !in_result ? new A[static_cast<size_t>(C)] : nullptr);
@@ -42,87 +42,90 @@ void run_rows(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>& 
     constexpr bool kMayWait = kLanes<A> * sizeof(T) == 64;
     RowGradient<Probabilities, T, P, Plain> waiting{loss};
     bool waits = false;
-    typename Rows<4>::Walk at(l.rows, begin);
-    for (int64_t left = end - begin; left > 0; --left) {
-      const T* x = x0 + at.offset[1];
-      const P* t = Probabilities ? t0 + at.offset[3] : nullptr;
-      T* dx = pass.dx ? pass.dx + at.offset[0] : nullptr;
-      const int64_t r = at.offset[2];
-      if (left > 1) at.next();
-      const T* next = x0 + at.offset[1];
-      RowTarget<A> target;
-      targets.set(target, r);
-      A top, sum;
-      A* kept = nullptr;
-      if (pass.forward) {
-        top = row_top(loss, x);
-        A sums[3];
-        auto nothing = [](int64_t) {};
-        if (!dx) {
-          row_sums<false, Probabilities>(loss, x, t, top, kept, next, nothing, sums);
-        } else {
-          kept = in_result ? reinterpret_cast<A*>(dx) : scratch.get();
-          bool summed = false;
-          if constexpr (kMayWait) {
-            if (waits) {
-              auto store_waiting = [&](int64_t j) __attribute__((always_inline)) {
-                j += waiting.head;
-                if (j + kLanes<A> <= C) {
-                  waiting.template put<true>(j, Full{}, kept_at);
-                } else if (j < C) {
-                  waiting.template put<true>(j, Tail{static_cast<int>(C - j)}, kept_at);
-                }
-              };
-              row_sums<true, Probabilities>(loss, x, t, top, kept, next, store_waiting, sums);
-              waiting.close();
-              waits = false, summed = true;
+    auto rows = [&](int64_t begin, int64_t end) {
+      typename Rows<4>::Walk at(l.rows, begin);
+      for (int64_t left = end - begin; left > 0; --left) {
+        const T* x = x0 + at.offset[1];
+        const P* t = Probabilities ? t0 + at.offset[3] : nullptr;
+        T* dx = pass.dx ? pass.dx + at.offset[0] : nullptr;
+        const int64_t r = at.offset[2];
+        if (left > 1 || pieces.next() == end) at.next();
+        const T* next = x0 + at.offset[1];
+        RowTarget<A> target;
+        targets.set(target, r);
+        A top, sum;
+        A* kept = nullptr;
+        if (pass.forward) {
+          top = row_top(loss, x);
+          A sums[3];
+          auto nothing = [](int64_t) {};
+          if (!dx) {
+            row_sums<false, Probabilities>(loss, x, t, top, kept, next, nothing, sums);
+          } else {
+            kept = in_result ? reinterpret_cast<A*>(dx) : scratch.get();
+            bool summed = false;
+            if constexpr (kMayWait) {
+              if (waits) {
+                auto store_waiting = [&](int64_t j) __attribute__((always_inline)) {
+                  j += waiting.head;
+                  if (j + kLanes<A> <= C) {
+                    waiting.template put<true>(j, Full{}, kept_at);
+                  } else if (j < C) {
+                    waiting.template put<true>(j, Tail{static_cast<int>(C - j)}, kept_at);
+                  }
+                };
+                row_sums<true, Probabilities>(loss, x, t, top, kept, next, store_waiting, sums);
+                waiting.close();
+                waits = false, summed = true;
+              }
+            }
+            if (!summed) row_sums<true, Probabilities>(loss, x, t, top, kept, next, nothing, sums);
+          }
+          sum = sums[0];
+          const A logsum = log<A>(broadcast(sum))[0];
+          if (Probabilities) target.q = sums[2];
+          const A za = target.at_a != A(0) ? loss.z(load(x + target.a, Tail{1})[0]) - top : A(0);
+          const A zb = target.at_b != A(0) ? loss.z(load(x + target.b, Tail{1})[0]) - top : A(0);
+          pass.losses[r] = row_loss(target, top, logsum, za, zb, sums[1]);
+          pass.stats[r] = top, pass.stats[R + r] = sum, pass.stats[2 * R + r] = target.q;
+          if (pass.rank) {
+            for (int64_t h = 0; h < (targets.b ? 2 : 1); ++h) {
+              const int64_t label = h ? (*targets.b)[r] : (*targets.a)[r];
+              pass.rank[h * R + r] = label == loss.o.ignore_index ? static_cast<int32_t>(C) : row_rank(x, C, label);
             }
           }
-          if (!summed) row_sums<true, Probabilities>(loss, x, t, top, kept, next, nothing, sums);
+        } else {
+          top = pass.stats[r], sum = pass.stats[R + r];
+          target.q = pass.stats[2 * R + r];
         }
-        sum = sums[0];
-        const A logsum = log<A>(broadcast(sum))[0];
-        if (Probabilities) target.q = sums[2];
-        const A za = target.at_a != A(0) ? loss.z(load(x + target.a, Tail{1})[0]) - top : A(0);
-        const A zb = target.at_b != A(0) ? loss.z(load(x + target.b, Tail{1})[0]) - top : A(0);
-        pass.losses[r] = row_loss(target, top, logsum, za, zb, sums[1]);
-        pass.stats[r] = top, pass.stats[R + r] = sum, pass.stats[2 * R + r] = target.q;
-        if (pass.rank) {
-          for (int64_t h = 0; h < (targets.b ? 2 : 1); ++h) {
-            const int64_t label = h ? (*targets.b)[r] : (*targets.a)[r];
-            pass.rank[h * R + r] = label == loss.o.ignore_index ? static_cast<int32_t>(C) : row_rank(x, C, label);
-          }
+        if (!dx) continue;
+        const A g = (pass.one_dloss ? *pass.dloss : pass.dloss[r]) * pass.scale;
+        const A lse = target.z != A(0) ? top + log<A>(broadcast(sum))[0] : A(0), unit = A(1) / sum;
+        const auto slope = row_slope(target, g, pass.dlse != nullptr, pass.dlse ? pass.dlse[r] : A(0), lse);
+        if (slope.zero) {
+          std::memset(dx, 0, static_cast<size_t>(C) * sizeof(T));
+          continue;
         }
-      } else {
-        top = pass.stats[r], sum = pass.stats[R + r];
-        target.q = pass.stats[2 * R + r];
+        const bool past_caches = far && dx != x && (C >= kFewestStreamed || unaligned_head(dx) == 0);
+        auto store_gradient = [&]<bool Stream>(const auto& e) {
+          RowGradient<Probabilities, T, P, Plain> gradient{loss};
+          gradient.template open<Stream>(x, t, dx, target, slope, unit, e);
+          gradient.template store<Stream>(e);
+        };
+        auto store_anywhere = [&](const auto& e) {
+          past_caches ? store_gradient.template operator()<true>(e) : store_gradient.template operator()<false>(e);
+        };
+        if (!kept) {
+          store_anywhere([&](int64_t j, auto lanes) { return exp<A>(loss.z(load(x + j, lanes)) - top); });
+        } else if (kMayWait && past_caches) {
+          waiting.template open<true>(x, t, dx, target, slope, unit, kept_at);
+          waits = true;
+        } else {
+          store_anywhere([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
+        }
       }
-      if (!dx) continue;
-      const A g = (pass.one_dloss ? *pass.dloss : pass.dloss[r]) * pass.scale;
-      const A lse = target.z != A(0) ? top + log<A>(broadcast(sum))[0] : A(0), unit = A(1) / sum;
-      const auto slope = row_slope(target, g, pass.dlse != nullptr, pass.dlse ? pass.dlse[r] : A(0), lse);
-      if (slope.zero) {
-        std::memset(dx, 0, static_cast<size_t>(C) * sizeof(T));
-        continue;
-      }
-      const bool past_caches = far && dx != x && (C >= kFewestStreamed || unaligned_head(dx) == 0);
-      auto store_gradient = [&]<bool Stream>(const auto& e) {
-        RowGradient<Probabilities, T, P, Plain> gradient{loss};
-        gradient.template open<Stream>(x, t, dx, target, slope, unit, e);
-        gradient.template store<Stream>(e);
-      };
-      auto store_anywhere = [&](const auto& e) {
-        past_caches ? store_gradient.template operator()<true>(e) : store_gradient.template operator()<false>(e);
-      };
-      if (!kept) {
-        store_anywhere([&](int64_t j, auto lanes) { return exp<A>(loss.z(load(x + j, lanes)) - top); });
-      } else if (kMayWait && past_caches) {
-        waiting.template open<true>(x, t, dx, target, slope, unit, kept_at);
-        waits = true;
-      } else {
-        store_anywhere([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
-      }
-    }
+    };
+    pieces.each(rows);
     if (waits) waiting.template store<true>(kept_at);
     streamed();
   });

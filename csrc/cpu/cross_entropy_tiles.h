@@ -238,10 +238,10 @@ void each_tile(const Layout& l, T* out, int planes, int64_t cost, const Worker& 
   // Tiles of neighbours stay inside the innermost level.
   const int64_t inner = Strided ? l.rows.size[l.rows.levels - 1] : l.rows.count;
   const int64_t tiles_inner = (inner + kP - 1) / kP;
-  parallel(l.rows.count / inner * tiles_inner, cost * kP, [&](int64_t begin, int64_t end) {
+  parallel_pieces(l.rows.count / inner * tiles_inner, cost * kP, [&](Pieces& pieces) {
     const std::unique_ptr<A[]> scratch(new A[static_cast<size_t>(l.classes) * kP * planes]());
     auto take = worker(scratch.get());
-    for (int64_t i = begin; i < end; ++i) {
+    auto tile_at = [&](int64_t i) {
       const int64_t first = i / tiles_inner * inner + i % tiles_inner * kP;
       typename Rows<4>::Walk at(l.rows, first);
       Positions<T, P> tile{static_cast<int>(std::min<int64_t>(kP, inner - i % tiles_inner * kP)),
@@ -255,7 +255,10 @@ void each_tile(const Layout& l, T* out, int planes, int64_t cost, const Worker& 
         if (p + 1 < tile.count) at.next();
       }
       take(tile);
-    }
+    };
+    pieces.each([&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) tile_at(i);
+    });
   });
 }
 

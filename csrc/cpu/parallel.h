@@ -1,7 +1,10 @@
 // Work shared among torch's own threads, and the dtype switch of the CPU kernels.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "result.h"
 #include "torch_api.h"
@@ -14,13 +17,82 @@
 
 namespace fusedtricks::FT_ISA {
 
-// f(begin, end) over `count` items of `cost` elements each; a thread is woken for no less than 16 Ki elements.
+// Work on items, cut into pieces. Threads seldom run equally fast, and memory serves them least equally of all: each
+// takes the pieces of its own share in order, and when they are done, what is left of the others' shares.
+class Pieces {
+ public:
+  struct alignas(64) Share {  // a cache line of its own
+    std::atomic<int64_t> taken = 0;
+    int64_t first, count;
+  };
+
+  Pieces(std::vector<Share>& shares, size_t own, int64_t size, int64_t items, bool last_first)
+      : shares_(shares), share_(own), size_(size), items_(items), last_first_(last_first) {}
+
+  // f(begin, end) for piece after piece, until none is left.
+  template <class F>
+  void each(const F& f) {
+    for (size_t visited = 0; visited < shares_.size(); ++visited) {
+      auto& share = shares_[share_];
+      for (int64_t i; (i = share.taken.fetch_add(1, std::memory_order_relaxed)) < share.count;) {
+        const int64_t begin = place(i) * size_;
+        f(begin, std::min(begin + size_, items_));
+      }
+      if (++share_ == shares_.size()) share_ = 0;
+    }
+  }
+
+  // During a call of f: with which item the next one will probably begin, or with `last_first` end; -1 if not known.
+  int64_t next() const {
+    const int64_t i = shares_[share_].taken.load(std::memory_order_relaxed);
+    if (i >= shares_[share_].count) return -1;
+    return last_first_ ? std::min((place(i) + 1) * size_, items_) - 1 : place(i) * size_;
+  }
+
+ private:
+  int64_t place(int64_t i) const {
+    const auto& share = shares_[share_];
+    return share.first + (last_first_ ? share.count - 1 - i : i);
+  }
+
+  std::vector<Share>& shares_;
+  size_t share_;
+  int64_t size_, items_;
+  bool last_first_;
+};
+
+// f(pieces) on each of the threads that `count` items of `cost` elements keep busy: for work that prepares something
+// once per thread. A thread is woken for no less than 16 Ki elements. With `last_first` shares are taken from their
+// end.
 template <class F>
-void parallel(int64_t count, int64_t cost, const F& f) {
-  constexpr int64_t kGrain = 16384;
-  const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(cost, 1), 1);
-  if (count <= grain) return f(0, count);
-  torch::stable::parallel_for(0, count, grain, f);
+void parallel_pieces(int64_t count, int64_t cost, const F& f, bool last_first = false) {
+  constexpr int64_t kGrain = 16384, kPiece = 65536;
+  auto items = [&](int64_t elements) { return std::max<int64_t>(elements / std::max<int64_t>(cost, 1), 1); };
+  const int64_t grain = items(kGrain);
+  const int64_t threads =
+      count <= grain ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), (count + grain - 1) / grain);
+  int64_t size = std::min(items(kPiece), std::max<int64_t>((count + threads - 1) / threads, 1));
+  if (size > 16) size = (size + 15) / 16 * 16;  // so many rows, or fewer, are worked on together
+  const int64_t pieces = (count + size - 1) / size;
+  std::vector<Pieces::Share> shares(static_cast<size_t>(threads));
+  for (int64_t t = 0; t < threads; ++t) {
+    auto& share = shares[static_cast<size_t>(t)];
+    share.first = pieces * t / threads;
+    share.count = pieces * (t + 1) / threads - share.first;
+  }
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      Pieces mine(shares, static_cast<size_t>(t), size, count, last_first);
+      f(mine);
+    }
+  };
+  threads == 1 ? run(0, 1) : torch::stable::parallel_for(0, threads, 1, run);
+}
+
+// f(begin, end) for each piece.
+template <class F>
+void parallel(int64_t count, int64_t cost, const F& f, bool last_first = false) {
+  parallel_pieces(count, cost, [&](Pieces& pieces) { pieces.each(f); }, last_first);
 }
 
 // f.operator()<T>() with the storage type of a floating dtype.

@@ -405,9 +405,9 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
   // What is read again, or never stored, counts as nothing to stream.
   constexpr bool kReadsStored = decltype(make.template make<T>())::kReadsStored;
   const Storing storing(rows, dx, columns, Dx && !kReadsStored ? 3 : 0, backward_together(columns));
-  parallel(chunks.count, chunks.rows_each * columns, [&](int64_t begin, int64_t end) {
+  // Last chunk first: of x and dy the end was written or read most recently, and may still be in a cache.
+  auto run = [&](int64_t begin, int64_t end) {
     auto finish = make.template make<T>();
-    // Last chunk first: of x and dy the end was written or read most recently, and may still be in a cache.
     for (int64_t c = end; c-- > begin;) {
       A* dweight = Parameters ? partials + c * width : nullptr;
       A* dbias = Parameters && Center ? dweight + columns : nullptr;
@@ -433,7 +433,8 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
       }
     }
     if (storing.stream) streamed();
-  });
+  };
+  parallel(chunks.count, chunks.rows_each * columns, run, true);
 }
 
 // Column sums of the partials (chunks, width), from column `first`, into `out` of P.
