@@ -222,10 +222,14 @@ void over_planes(const Planes& cut, const Groups& groups, const Channels& s, boo
   for (int64_t group = 0; group < groups.count; ++group) finish(group);
   if (!written) return;
   auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t k = end; k-- > begin;) write(k % groups.count, k / groups.count, 0);
+    // What was summed last is written first; without sums, memory is walked in its order.
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = summed ? begin + end - 1 - i : i;
+      write(k % groups.count, k / groups.count, 0);
+    }
     if (streaming) streamed();
   };
-  parallel(count, cost, run, true);
+  parallel(count, cost, run, summed);
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -252,8 +256,9 @@ struct Forward {
   }
 
   void planes(const Tensor& where) {
-    const Planes cut(s);
-    const Groups groups(s, sizeof(T) * (residual.data ? 2 : 1), as_columns(s, mode, {x, residual}));
+    const bool columns = as_columns(s, mode, {x, residual}), in_order = !measured && !columns;
+    const Planes cut(s, in_order);
+    const Groups groups(s, sizeof(T) * (residual.data ? 2 : 1), columns, in_order);
     const Arrays<A> values(3, s.channels, where);
     const Arrays<A> parts(4, s.channels * cut.chunks, where);
     auto* sums = reinterpret_cast<ShiftedSums<A>*>(parts[0]);
@@ -476,8 +481,9 @@ struct Backward {
   }
 
   void planes(const Tensor& where) {
-    const Planes cut(s);
-    const Groups groups(s, sizeof(T) * (residual.data ? 3 : 2), as_columns(s, mode, {x, dy, residual}));
+    const bool columns = as_columns(s, mode, {x, dy, residual}), in_order = !summed && !columns;
+    const Planes cut(s, in_order);
+    const Groups groups(s, sizeof(T) * (residual.data ? 3 : 2), columns, in_order);
     const Arrays<A> values(kValues, s.channels, where), parts(2, s.channels * cut.chunks, where);
     const int64_t run = groups.as_columns ? s.channels * s.inner : s.inner;
     const bool streaming = past_caches<T>(s, run, mode != kMasked && !groups.as_columns, {dx, dresidual});

@@ -86,16 +86,17 @@ inline Operand operand(const Tensor& t, const Tensor& y, const Channels& s, bool
 
 // ---- chunks of planes -----------------------------------------------------------------------------------------------
 
-// A chunk is a group of whole runs of one channel, or a part of one run.
+// A chunk is a group of whole runs of one channel, or a part of one run. Where nothing is summed it is one run at most,
+// so that channel after channel all is walked in the order of memory.
 struct Planes {
   static constexpr int64_t kElements = 16384;
   int64_t runs, parts, length, chunks;  // runs per chunk; parts per run and their length; chunks per channel
 
-  explicit Planes(const Channels& s) {
+  Planes(const Channels& s, bool in_order) {
     parts = (s.inner + kElements - 1) / kElements;
     length = parts == 1 ? s.inner : ((s.inner + parts - 1) / parts + 63) / 64 * 64;
     parts = (s.inner + length - 1) / length;
-    runs = parts > 1 ? 1 : std::max<int64_t>(kElements / s.inner, 1);
+    runs = parts > 1 || in_order ? 1 : std::max<int64_t>(kElements / s.inner, 1);
     chunks = parts > 1 ? s.outer * parts : (s.outer + runs - 1) / runs;
   }
 
@@ -143,18 +144,20 @@ struct Groups {
   int64_t channels, unit, count;
   bool occupy_threads, as_columns;
 
-  // `bytes` are read for one sample.
-  Groups(const Channels& s, int64_t bytes, bool as_columns) : channels(s.channels), as_columns(as_columns) {
+  // `bytes` are read for one sample. With `in_order`, nothing is summed.
+  Groups(const Channels& s, int64_t bytes, bool as_columns, bool in_order)
+      : channels(s.channels), as_columns(as_columns) {
     const int64_t threads = torch::stable::get_num_threads();
     occupy_threads = channels >= 2 * threads;
     int64_t size = occupy_threads ? std::max<int64_t>(channels / (4 * threads), 1) : 1;
     size = std::min({size, kMost, std::max<int64_t>(kBytes / (bytes * s.samples()), 1)});
+    if (in_order) size = std::clamp<int64_t>(Planes::kElements / s.inner, 1, std::max<int64_t>(channels, 1));
     // So many channels end with a register, streamed or not.
     unit = as_columns ? 16 / std::gcd(s.inner, int64_t{16}) : 1;
     if (as_columns) size = std::min((size + unit - 1) / unit * unit, kColumns / s.inner / unit * unit);
     // As many groups for each thread, of nearly equal sizes.
     count = (channels + size - 1) / size;
-    if (occupy_threads) count = std::min((count + threads - 1) / threads * threads, units());
+    if (occupy_threads && !in_order) count = std::min((count + threads - 1) / threads * threads, units());
   }
   int64_t units() const { return (channels + unit - 1) / unit; }
   int64_t begin(int64_t group) const { return std::min(units() * group / count * unit, channels); }
