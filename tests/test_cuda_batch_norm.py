@@ -306,7 +306,7 @@ def test_too_little_shared_memory_is_caught(bug: tuple[str, str, str]) -> None:
 
 
 def test_shared_memory_not_asked_for_is_caught() -> None:
-    kernels = with_bug("launch.cuh", "kWithoutOptIn = 48 << 10", "kWithoutOptIn = 1 << 20")
+    kernels = with_bug("launch.cuh", "kWithoutOptIn = (48 << 10)", "kWithoutOptIn = (1 << 20)")
     with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
         everything(kernels.ops, (2, 2, 72, 128))
 

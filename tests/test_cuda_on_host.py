@@ -183,6 +183,21 @@ def test_wanted_gradients(kernels: cuda_on_host.Kernels) -> None:
                         assert part.dtype == whole.dtype
 
 
+def past_48_kb(ops: Ops) -> None:
+    """Launches with 48 KB of shared memory to the byte, beside which the kernels declare some."""
+    if "layer_norm_fwd" in ops:
+        run_everything(ops, "layer_norm", 6144)
+        ops["layer_norm_fwd"](torch.randn(1, 12001), None, None, 1e-5, 1)
+    run_everything(ops, "rms_norm", 12288, torch.bfloat16)
+
+
+def test_shared_memory_that_kernels_declare_counts(kernels: cuda_on_host.Kernels) -> None:
+    past_48_kb(kernels.ops)
+    for kernel in ("backward_rows<true, float, 4, 8, true>", "normalize_rows<true, float, 1, 0>"):
+        assert f"void fusedtricks::cuda::{kernel}" in kernels.launched()
+    assert "void fusedtricks::cuda::backward_rows<false, __nv_bfloat16, 8, 8, true>" in kernels.launched()
+
+
 # ---- sown bugs -------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +239,12 @@ def test_counters_not_zeroed_is_caught() -> None:
     old = "if (parameters || project) device.zero(a.counters, counters.numel() * sizeof(unsigned));"
     kernels = cuda_on_host.Kernels(with_bug("cuda/row_norm_backward.cuh", old, ""))
     assert run_everything(kernels.ops, "rms_norm")[-1].isnan().all()
+
+
+def test_declared_shared_memory_forgotten_is_caught() -> None:
+    kernels = cuda_on_host.Kernels(with_bug("cuda/launch.cuh", "(48 << 10) - kStaticShared", "48 << 10"))
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        past_48_kb(kernels.ops)
 
 
 def test_load_out_of_bounds_is_caught() -> None:

@@ -23,6 +23,9 @@ inline void check_cuda(cudaError_t error, const char* what) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Shared memory that kernels may declare statically, for reductions, beside what they are launched with.
+inline constexpr int kStaticShared = 4 << 10;
+
 // Makes the device of `where` current while it lives, and holds what a launcher needs to know about it.
 class Device {
  public:
@@ -44,10 +47,13 @@ class Device {
               const Arguments&... arguments) const {
     STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "fusedtricks: ", blocks,
                     " blocks are more than a kernel launch can have; split the input");
-    constexpr int64_t kWithoutOptIn = 48 << 10;
+    // What a kernel declares counts as well.
+    constexpr int64_t kWithoutOptIn = (48 << 10) - kStaticShared;
     if (shared > kWithoutOptIn) {
+      // All there is, whatever this launch takes, so that no thread of the host takes back what another has asked for.
+      const int64_t most = std::max<int64_t>(shared, shared_per_block() - kStaticShared);
       check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)),
                  "fusedtricks: shared memory");
     }
     cudaLaunchConfig_t config{};

@@ -185,7 +185,4 @@ int64_t lanes_for(int64_t C, int N) {
 // A row on more than a warp has a block of its own; narrower ones share `threads`.
 inline int block_for(int lanes, int threads) { return lanes > kWarp ? lanes : std::max(lanes, threads); }
 
-// Reduction scratch that kernels declare statically.
-inline constexpr int kStaticShared = 4 << 10;
-
 }  // namespace fusedtricks::cuda

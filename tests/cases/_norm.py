@@ -46,6 +46,11 @@ GPU: dict[str, Shape] = {
     "usual": ((512, 768), 1),
     "odd": ((65, 1001), 1),
     "long": ((3, 20000), 1),
+    "odd and long": ((3, 12001), 1),
+    # 48 KB of sums: of layer_norm in fp32, of rms_norm in 16 bits.
+    "sums of 48 KB": ((3, 6144), 1),
+    "16-bit sums of 48 KB": ((3, 12288), 1),
+    "strips": ((3, 70000), 1),
 }
 GROWING: tuple[Shape, ...] = tuple(((rows, 40), 1) for rows in (3, 7, 129))
 

@@ -31,7 +31,9 @@
 
 namespace {
 
-constexpr size_t kMostShared = 256 << 10, kSharedWithoutAsking = 48 << 10, kSharedGuard = 1 << 10;
+constexpr size_t kMostShared = 256 << 10, kSharedGuard = 1 << 10;
+// Of 48 KB what kernels may declare is taken off (kStaticShared): the host does not know what they do declare.
+constexpr size_t kSharedWithoutAsking = (48 << 10) - (4 << 10);
 constexpr int kWarp = 32;
 constexpr unsigned char kPoison = 0xff, kGuard = 0xa5;  // 0xff: NaN in every floating type, -1 in integers
 
