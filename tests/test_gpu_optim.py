@@ -174,6 +174,46 @@ def test_graphs_read_a_tensor_lr(stem: str, backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("stem", ["adamw", "sgd"])
+@each_backend
+def test_graphs_and_eager_steps_in_turn(stem: str, backend: str) -> None:
+    """Each with gradients of its own; then an eager step without one of them, after which the table is another."""
+    kernel(stem, backend)
+    ours, theirs = parameters(), parameters()
+    with fusedtricks.backend(backend):
+        captured, eager = (make(stem, p, lr=0.01, **capturable(stem)) for p in (ours, theirs))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for i in range(3):
+                set_grads(ours, i)
+                captured.step()
+        torch.cuda.current_stream().wait_stream(side)
+        for i in range(3):
+            set_grads(theirs, i)
+            eager.step()
+        of_graph, others = [p.grad for p in ours], [torch.empty_like(p) for p in ours]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.step()
+        for i in range(8):
+            for p, replayed, other in zip(ours, of_graph, others, strict=True):
+                p.grad = other if i % 2 else replayed
+            for params in (ours, theirs):
+                set_grads(params, 10 + i)
+            if i == 5:
+                ours[0].grad = theirs[0].grad = None
+            if i % 2:
+                captured.step()
+                for n in (1, 2, 12, 80, 200) * 20:
+                    torch.full((n,), -1, device=DEVICE)  # where freed tables were
+            else:
+                graph.replay()
+            eager.step()
+    for a, b in zip(results(captured), results(eager), strict=True):
+        assert_bitwise_equal(a, b)
+
+
 @each_stem
 @each_backend
 def test_graphs_late_pushes_change_no_earlier_step(stem: str, backend: str) -> None:

@@ -164,6 +164,46 @@ def test_what_a_capture_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         o._check_capture()
 
 
+def test_a_captured_step_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph keeps to the gradients it was captured with, and what a capture copies no eager step has."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    o = optim.SGD([p], lr=0.1)
+    o.step()
+    shard = o._shards[0]
+    shard.remote, shard._late, shard._staged, shard._staged_hyper = True, 0, [], None
+    shard._on_device, shard._hyper_on_device = torch.zeros_like(shard.table), torch.zeros_like(shard.hyper)
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    calls = []
+
+    def run(changes: int, capturing: bool) -> Tensor:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        shard.run(lambda table, *_: calls.append(table), changes, None, None, None, None)
+        return calls[-1]
+
+    eager = run(_optimizer.POINTERS | _optimizer.HYPERS, capturing=False)
+    assert torch.equal(eager, shard.table)
+    assert shard.captured() == []
+    before = eager.clone()
+    shard.table[0, _table.GRAD] += 64
+    shard.hyper[0, _table.LR] = 0.5
+    graph = run(_optimizer.POINTERS | _optimizer.HYPERS, capturing=True)
+    assert torch.equal(graph, shard.table)
+    assert torch.equal(eager, before)
+    assert any(t is shard.progress for t in shard.captured())
+    shard._hyper_on_device.zero_()  # the graph has not run
+    assert run(0, capturing=False) is eager
+    assert torch.equal(eager, shard.table)
+    assert torch.equal(shard._hyper_on_device, shard.hyper)
+    eager.zero_()
+    assert run(0, capturing=False) is eager
+    assert not eager.any()
+    assert run(0, capturing=True) is not eager  # whatever eager steps will have there
+    kept = shard.captured()
+    o._forget()
+    assert [id(t) for t in o._captured] == [id(t) for t in kept]
+
+
 @pytest.mark.filterwarnings("error")
 def test_states_of_fake_tensors() -> None:
     """Which have no memory that an address could be asked of."""

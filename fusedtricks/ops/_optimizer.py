@@ -295,6 +295,9 @@ class FusedOptimizer(States):
 
     def _forget(self) -> None:
         self._plan = self._outcome = None
+        # Tensors that graphs captured before still use: a replay would write to what then has their memory.
+        kept = [t for shard in getattr(self, "_shards", ()) for t in shard.captured()]
+        self._captured: list[Tensor] = [*getattr(self, "_captured", ()), *kept]
         self._shards: list[Shard] = []
         self._aside: list[tuple[int, Row]] = []
         self._sparse: list[tuple[dict[str, Any], Tensor]] = []

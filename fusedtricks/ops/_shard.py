@@ -53,13 +53,21 @@ class Shard:
         if self.remote:
             self._on_device = torch.empty_like(self.table, device=device)
             self._hyper_on_device = torch.empty_like(hyper, device=device)
-            # Captured graphs read these again at every replay, so they live as long as this does.
+            self._late = 0  # changes that only captured graphs have brought there
+            # Captured graphs read these again at every replay.
             self._staged: list[Tensor] = []
             self._staged_hyper: Tensor | None = None
 
     def watched(self) -> list[list[Tensor]]:
         """What else rows point to, and would not notice being moved."""
         return [[t for t in (*r.states, r.master, r.ema, r.step, r.factor) if t is not None] for r in self.rows]
+
+    def captured(self) -> list[Tensor]:
+        """What graphs that captured a step read and write at every replay, and must find where it was."""
+        if not self.remote or not self._staged:
+            return []
+        hyper = [] if self._staged_hyper is None else [self._staged_hyper]
+        return [self.progress, self.outcome, self._hyper_on_device, *self._staged, *hyper]
 
     def run(
         self,
@@ -72,9 +80,7 @@ class Shard:
     ) -> None:
         table, hyper = self.table, self.hyper
         if self.remote:
-            if changes:
-                self._upload(changes)
-            table, hyper = self._on_device, self._hyper_on_device
+            table, hyper = self._upload(changes), self._hyper_on_device
         self._read_live()
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.device, non_blocking=True)
@@ -87,15 +93,22 @@ class Shard:
             for source, copy in self.copied:
                 source.copy_(copy)
 
-    def _upload(self, changes: int) -> None:
-        if changes & 3:
-            # A fresh buffer each time: the copy before may not have been made yet.
-            staged = self.table.pin_memory()
-            self._on_device.copy_(staged, non_blocking=True)
-            if torch.cuda.is_current_stream_capturing():
-                self._staged.append(staged)
+    def _upload(self, changes: int) -> Tensor:
+        """The table on the device."""
+        capturing = torch.cuda.is_current_stream_capturing()
+        changes |= self._late
+        self._late = changes if capturing else 0
         if changes & 4:
             self.upload_hypers()
+        if not (changes & 3 or capturing):
+            return self._on_device
+        # A fresh buffer each time: the copy before may not have been made yet.
+        staged = self.table.pin_memory()
+        if capturing:
+            # A table of the graph's own: it keeps to the gradients of now, and eager steps to theirs.
+            self._staged.append(staged)
+            return torch.empty_like(self._on_device).copy_(staged, non_blocking=True)
+        return self._on_device.copy_(staged, non_blocking=True)
 
     def upload_hypers(self) -> None:
         if self.remote:

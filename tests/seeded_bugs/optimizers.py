@@ -100,6 +100,19 @@ def found_only_if_one(run: Any) -> Any:
     return wrong
 
 
+def one_table_for_all(upload: Any) -> Any:
+    return lambda self, changes: self._on_device.copy_(upload(self, changes))
+
+
+def captured_is_copied(upload: Any) -> Any:
+    def wrong(self: Any, changes: int) -> Tensor:
+        table = upload(self, changes)
+        self._late = 0
+        return table
+
+    return wrong
+
+
 def moments_in_float32(right: Any) -> Any:
     """As torch: what is loaded gets the parameter's dtype."""
     return lambda self, saved: torch.optim.Optimizer.load_state_dict(self, saved)
@@ -131,6 +144,7 @@ def half_to_even(right: Any) -> Any:
     return lambda weight: (weight.bfloat16(), right(weight)[1])
 
 
+CAPTURED_TABLE = "test_optim_devices::test_a_captured_step_has_a_table_of_its_own"
 FOLLOWS_TORCH = "test_optim_torch::test_50_steps_in_float64"
 EXACT = "test_optim_precision::test_update_against_float64"
 OPTIMIZER_BUGS = {
@@ -230,6 +244,8 @@ OPTIMIZER_BUGS = {
         "test_optim::test_everything_that_can_change_between_steps",
         ("AdamW", False),
     ),
+    "graphs and eager steps share a table": OptimizerBug(_shard.Shard, "_upload", one_table_for_all, CAPTURED_TABLE),
+    "what a capture copies counts as copied": OptimizerBug(_shard.Shard, "_upload", captured_is_copied, CAPTURED_TABLE),
     "found_inf is a count": OptimizerBug(
         _shard.Shard, "run", found_only_if_one, "test_optim_precision::test_found_inf_skips_everything", ("AdamW", 2.0)
     ),
