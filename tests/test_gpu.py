@@ -13,6 +13,7 @@ from parity import assert_bitwise_equal, assert_no_worse
 from torch import Tensor
 
 import fusedtricks
+from fusedtricks._op import Op
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -91,6 +92,40 @@ def test_graphs_replay_on_new_inputs(case: Case, backend: str, shape: str) -> No
                     t.normal_()
         graph.replay()
         check(case, [t.clone() for t in captured], tensors, shape)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_graphs_with_numbers_of_the_host(name: str, backend: str) -> None:
+    """Those of `normalize`, and the size that boxes are clipped to: no sync, and at every replay they are the same."""
+    if backend not in Op.registry[f"{name}_fwd"].available():
+        pytest.skip(f"no {backend} kernel")
+    images = torch.randint(0, 256, (6, 3, 8, 9), device="cuda", dtype=torch.uint8)
+    perm, lam = torch.arange(6, device="cuda").roll(1), torch.rand(6, device="cuda")
+    box = torch.tensor([-3, 2, 1, 99], device="cuda")
+    normalize = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+
+    def call() -> Tensor:
+        if name == "mixup":
+            return fusedtricks.functional.mixup(images, None, lam, perm, normalize=normalize)[0]
+        return fusedtricks.functional.cutmix(images, None, 0.5, perm, box=box)[0]
+
+    with fusedtricks.backend(backend):
+        call()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            first = call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for _ in range(3):
+            litter = [torch.full((n,), -1.0, pin_memory=pin) for n in range(1, 9) for pin in (True, False) * 20]
+            graph.replay()
+            torch.cuda.synchronize()
+            del litter
+            assert_bitwise_equal(captured, first)
 
 
 @each_case

@@ -166,7 +166,7 @@ def pack(positive: Tensor, template: Tensor) -> Tensor:
     rows, columns = mask_rows(template)
     flat = torch.empty_like(template, dtype=torch.bool).copy_(positive).as_strided((rows, columns), (columns, 1))
     padded = torch.nn.functional.pad(flat, (0, -columns % 8)).reshape(rows, (columns + 7) // 8, 8)
-    return (padded * torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=flat.device)).sum(-1).to(torch.uint8)
+    return (padded.long() << torch.arange(8, device=flat.device)).sum(-1).to(torch.uint8)
 
 
 def unpack(mask: Tensor, template: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def halves(target: Target, weight: Tensor | None, classes: int, ignore_index: in
         labels = labels.long()
         kept, inside = labels != ignore_index, (labels >= 0) & (labels < classes)
         safe = torch.where(kept & inside, labels, 0)
-        m = torch.where(kept, torch.as_tensor(m, dtype=dtype, device=labels.device), 0.0)
+        m = torch.where(kept, m, 0.0).to(dtype)
         mass = m if weight is None else torch.where(kept, m * weight[safe], 0.0)
         found.append((safe, kept, m, torch.where(kept & ~inside, torch.nan, mass)))
     return found

@@ -145,8 +145,7 @@ def boxes(x: Tensor, lam: Tensor, box: Tensor | None, generator: torch.Generator
             f"cutmix: expected box to be int64 of shape (4,) or ({x.shape[0]}, 4) on {x.device}, but got {box.dtype} "
             f"of shape {tuple(box.shape)} on {box.device}"
         )
-    limit = torch.tensor([H, H, W, W], device=x.device)
-    clipped = torch.minimum(box.clamp_min(0), limit)
+    clipped = torch.cat((box[..., :2].clamp(0, H), box[..., 2:].clamp(0, W)), -1)
     sides = (clipped[..., 1] - clipped[..., 0]).clamp_min(0), (clipped[..., 3] - clipped[..., 2]).clamp_min(0)
     return clipped.reshape(-1, 4), 1 - (sides[0] * sides[1]).float() / max(H * W, 1)
 

@@ -191,8 +191,16 @@ def _mixup_images(
             f"and {std.tolist()}"
         )
     scale, shift = 1 / (255 * std), -mean / std
-    scale, shift = (v.to(device=x.device, dtype=torch.float32, non_blocking=True) for v in (scale, shift))
+    scale, shift = (_on_device(v.to(torch.float32), x.device) for v in (scale, shift))
     return mixup_fwd(x, lam.contiguous(), perm.contiguous(), scale, shift, dtype)
+
+
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Without a sync. A captured graph copies them at every replay, so its pool keeps them."""
+    capturing = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    if capturing and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 class Mixup(_mixing.Mixing):
