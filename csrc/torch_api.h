@@ -48,6 +48,13 @@ inline void check_floating(const char* op, const char* name, ScalarType t) {
       name, " must be float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(t));
 }
 
+// ---- devices --------------------------------------------------------------------------------------------------------
+
+// Are they on one device? The dispatcher does not ask, and a kernel would read what another GPU has at the address.
+inline bool together(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && (!a.is_cuda() || a.get_device_index() == b.get_device_index());
+}
+
 // ---- allocation -----------------------------------------------------------------------------------------------------
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
@@ -198,7 +205,7 @@ inline RowShape check_rows(const char* op, const Tensor& x, const MaybeTensor& w
   auto check = [&](const MaybeTensor& p, const char* name) {
     if (!p) return;
     check_floating(op, name, p->scalar_type());
-    bool same = p->dim() == dims && p->get_device_index() == x.get_device_index() && p->is_cuda() == x.is_cuda();
+    bool same = p->dim() == dims && together(*p, x);
     for (int64_t d = 0; same && d < dims; ++d) same = p->size(d) == x.size(lead + d);
     STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and device of the input's trailing ", dims,
                     " dimensions");
@@ -210,12 +217,12 @@ inline RowShape check_rows(const char* op, const Tensor& x, const MaybeTensor& w
 
 inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x, const Tensor& stats,
                            int64_t stats_numel) {
-  bool same = dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type() && dy.is_cuda() == x.is_cuda();
+  bool same = dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type() && together(dy, x);
   for (int64_t d = 0; same && d < x.dim(); ++d) same = dy.size(d) == x.size(d);
   STD_TORCH_CHECK(same, op, ": the gradient must have the shape, dtype and device of the input");
-  STD_TORCH_CHECK(
-      stats.numel() == stats_numel && stats.is_contiguous() && stats.scalar_type() == accumulate_dtype(x.scalar_type()),
-      op, ": the statistics must be those that the forward returned");
+  STD_TORCH_CHECK(stats.numel() == stats_numel && stats.is_contiguous() &&
+                      stats.scalar_type() == accumulate_dtype(x.scalar_type()) && together(stats, x),
+                  op, ": the statistics must be those that the forward returned");
 }
 
 // ---- dropout: what every launcher checks
@@ -223,7 +230,7 @@ inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x, co
 
 inline void check_dropout(const char* op, const Tensor& x, const Tensor& seed, int64_t keep, int64_t group) {
   check_floating(op, "input", x.scalar_type());
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1 && seed.is_cuda() == x.is_cuda(), op,
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1 && together(seed, x), op,
                   ": the seed must be one int64 on the device of the input");
   STD_TORCH_CHECK(keep >= 0 && keep <= 65536, op, ": keep must be 0 to 65536, got ", keep);
   int64_t trailing = 1;
@@ -238,9 +245,9 @@ inline void check_dropping(const char* op, const Tensor& x, const MaybeTensor& s
 }
 
 inline void check_plain(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == x.scalar_type() && t.sizes().equals(x.sizes()) &&
-                      t.is_cuda() == x.is_cuda(),
-                  op, ": ", name, " must be contiguous, of the shape, dtype and device of x");
+  STD_TORCH_CHECK(
+      t.is_contiguous() && t.scalar_type() == x.scalar_type() && t.sizes().equals(x.sizes()) && together(t, x), op,
+      ": ", name, " must be contiguous, of the shape, dtype and device of x");
 }
 
 // ---- cross-entropy: what every launcher checks
@@ -259,8 +266,7 @@ inline RowShape check_loss(const char* op, const Tensor& logits, const Tensor& t
   const auto accumulate = accumulate_dtype(logits.scalar_type());
   const int64_t classes = logits.size(logits.dim() - 1), rows = logits.numel() / classes;
   for (const Tensor* t : {&target, other ? &*other : nullptr, lam ? &*lam : nullptr, weight ? &*weight : nullptr}) {
-    STD_TORCH_CHECK(!t || (t->is_cuda() == logits.is_cuda() && t->get_device_index() == logits.get_device_index()), op,
-                    ": expected all tensors on the device of the logits");
+    STD_TORCH_CHECK(!t || together(*t, logits), op, ": expected all tensors on the device of the logits");
   }
   if (!holds_labels(target)) check_floating(op, "class probabilities", target.scalar_type());
   STD_TORCH_CHECK(target.numel() == (holds_labels(target) ? rows : logits.numel()), op, ": expected ", rows,
@@ -284,12 +290,14 @@ inline void check_loss_gradient(const char* op, const Tensor& logits, int64_t ro
                                 const MaybeTensor& dlse, const Tensor& stats, const Tensor& total, int64_t reduction,
                                 int64_t kept = 3) {
   const auto accumulate = accumulate_dtype(logits.scalar_type());
-  STD_TORCH_CHECK(dloss.scalar_type() == accumulate && dloss.numel() == (reduction == 0 ? rows : 1), op,
-                  ": the gradient must have the shape and dtype of the loss");
-  STD_TORCH_CHECK(!dlse || (dlse->scalar_type() == accumulate && dlse->numel() == rows), op,
-                  ": the gradient of lse must have its shape and dtype");
+  STD_TORCH_CHECK(
+      dloss.scalar_type() == accumulate && dloss.numel() == (reduction == 0 ? rows : 1) && together(dloss, logits), op,
+      ": the gradient must have the shape, dtype and device of the loss");
+  STD_TORCH_CHECK(!dlse || (dlse->scalar_type() == accumulate && dlse->numel() == rows && together(*dlse, logits)), op,
+                  ": the gradient of lse must have its shape, dtype and device");
   STD_TORCH_CHECK(stats.numel() == kept * rows && stats.is_contiguous() && stats.scalar_type() == accumulate &&
-                      total.scalar_type() == accumulate && total.numel() == 1,
+                      total.scalar_type() == accumulate && total.numel() == 1 && together(stats, logits) &&
+                      together(total, logits),
                   op, ": the statistics must be those that the forward returned");
 }
 
@@ -308,16 +316,13 @@ inline RowShape check_distillation(const char* op, const Tensor& student, const 
   // Without labels the student stands in for probabilities.
   const auto shape = check_loss(op, student, target ? *target : student, other, lam, weight);
   check_floating(op, "teacher", teacher.scalar_type());
-  auto beside_student = [&](const Tensor& t) {
-    return t.is_cuda() == student.is_cuda() && t.get_device_index() == student.get_device_index();
-  };
   if (indices) {
     STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && teacher.size(0) == shape.rows && teacher.size(1) > 0 &&
-                        indices->sizes().equals(teacher.sizes()) && holds_labels(*indices) && beside_student(teacher) &&
-                        beside_student(*indices),
+                        indices->sizes().equals(teacher.sizes()) && holds_labels(*indices) &&
+                        together(teacher, student) && together(*indices, student),
                     op, ": a sparse teacher of (R, C) needs k > 0 values and indices (R, k), on the student's device");
   } else {
-    STD_TORCH_CHECK(teacher.sizes().equals(student.sizes()) && beside_student(teacher), op,
+    STD_TORCH_CHECK(teacher.sizes().equals(student.sizes()) && together(teacher, student), op,
                     ": expected a teacher of the student's shape, on its device");
   }
   STD_TORCH_CHECK(temperature > 0, op, ": expected a positive temperature, got ", temperature);
@@ -337,15 +342,17 @@ inline std::array<int64_t, 64> row_major(const Tensor& x, int64_t dims) {
 // Whether the values are a permutation, CPU kernels check; on other devices it would take a host sync.
 inline void check_permutation(const char* op, const Tensor& x, const Tensor& perm) {
   STD_TORCH_CHECK(x.dim() > 0 && perm.dim() == 1 && perm.size(0) == x.size(0) &&
-                      perm.scalar_type() == ScalarType::Long && perm.is_contiguous() && perm.is_cuda() == x.is_cuda(),
+                      perm.scalar_type() == ScalarType::Long && perm.is_contiguous() && together(perm, x),
                   op, ": perm must be int64, contiguous, one for each sample, on the device of x");
 }
 
 inline void check_weights(const char* op, const Tensor& x, const Tensor& weights) {
-  STD_TORCH_CHECK(x.dim() > 0 && weights.is_contiguous() &&
-                      weights.scalar_type() == accumulate_dtype(x.scalar_type()) &&
-                      (weights.numel() == 1 || weights.numel() == x.size(0)) && weights.is_cuda() == x.is_cuda(),
-                  op, ": the weights must be contiguous, fp32 (fp64 for fp64), one for the batch or for each sample");
+  STD_TORCH_CHECK(
+      x.dim() > 0 && weights.is_contiguous() && weights.scalar_type() == accumulate_dtype(x.scalar_type()) &&
+          (weights.numel() == 1 || weights.numel() == x.size(0)) && together(weights, x),
+      op,
+      ": the weights must be contiguous, fp32 (fp64 for fp64), one for the batch or for each sample, on the "
+      "device of x");
 }
 
 // uint8 images (N, C, *) become y = scale x + shift by channel.
@@ -353,7 +360,7 @@ inline void check_images(const char* op, const Tensor& x, const MaybeTensor& sca
   STD_TORCH_CHECK(x.dim() >= 2, op, ": images must be (N, C, *)");
   for (const auto* map : {&scale, &shift}) {
     STD_TORCH_CHECK(*map && (*map)->scalar_type() == ScalarType::Float && (*map)->is_contiguous() &&
-                        (*map)->numel() == x.size(1) && (*map)->is_cuda() == x.is_cuda(),
+                        (*map)->numel() == x.size(1) && together(**map, x),
                     op, ": images need a scale and a shift for each channel, contiguous and fp32");
   }
 }
@@ -361,7 +368,7 @@ inline void check_images(const char* op, const Tensor& x, const MaybeTensor& sca
 inline void check_boxes(const char* op, const Tensor& x, const Tensor& box) {
   STD_TORCH_CHECK(x.dim() >= 3, op, ": expected images (N, *, H, W)");
   STD_TORCH_CHECK(box.dim() == 2 && box.size(1) == 4 && (box.size(0) == 1 || box.size(0) == x.size(0)) &&
-                      box.scalar_type() == ScalarType::Long && box.is_contiguous() && box.is_cuda() == x.is_cuda(),
+                      box.scalar_type() == ScalarType::Long && box.is_contiguous() && together(box, x),
                   op, ": box must be int64, contiguous, (1, 4) or (N, 4), on the device of x");
 }
 

@@ -190,3 +190,25 @@ def test_small_on_a_second_device(case: Case, backend: str) -> None:
         ours = forward_backward(case, case.fn, tensors, shape)
     assert all(t.device == tensors[0].device for t in ours)
     check(case, ours, tensors, shape)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_small_on_two_devices_at_once_is_refused() -> None:
+    """Not read from the wrong one's memory."""
+    x, there = torch.randn(4, 8, 6, 6, device="cuda:0"), torch.randn(4, 8, 6, 6, device="cuda:1")
+    seed, alpha = (torch.ones(1, dtype=d, device="cuda:1") for d in (torch.int64, torch.float32))
+    perm, box = torch.arange(4, device="cuda:1"), torch.tensor([[0, 2, 0, 2]], device="cuda:1")
+    counted = [torch.zeros(8, device="cuda:0"), torch.ones(8, device="cuda:0"), torch.zeros((), dtype=torch.int64)]
+    calls = {
+        "dropout_fwd": (x, seed, 32768, 1),
+        "shake_shake_fwd": (x, there, alpha.to(x.device)),
+        "mixup_fwd": (x, alpha, perm.to(x.device), None, None, x.dtype),
+        "cutmix_fwd": (x, perm.to(x.device), box),
+        "dropout_add_layer_norm_fwd": (x, there, None, None, None, 65536, 1e-5, 1, True),
+        "batch_norm_fwd": (x, None, None, None, *counted, 0.1, 1e-5, 0, 0.0, True, False),
+    }
+    for name, args in calls.items():
+        op = Op.registry[name]
+        if "cuda" in op.available():
+            with pytest.raises(RuntimeError, match="device of"):
+                op.implementation("cuda")(*args)

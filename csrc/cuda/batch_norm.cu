@@ -13,8 +13,9 @@ Triple batch_norm_fwd(const Tensor& x, const MaybeTensor& residual, const MaybeT
   check_channels(op, "running_var", running_var, x);
   STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(), op,
                   ": running_mean and running_var must come together");
-  STD_TORCH_CHECK(!counter || (counter->scalar_type() == ScalarType::Long && counter->numel() == 1), op,
-                  ": num_batches_tracked must be one int64");
+  STD_TORCH_CHECK(
+      !counter || (counter->scalar_type() == ScalarType::Long && counter->numel() == 1 && together(*counter, x)), op,
+      ": num_batches_tracked must be one int64 on the device of the input");
   STD_TORCH_CHECK(momentum || counter || !running_mean, op, ": without momentum, num_batches_tracked must be given");
   MaybeTensor mean, var;
   if (running_mean) mean = torch::stable::contiguous(*running_mean);
@@ -93,10 +94,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
   check_channels(op, "bias", bias, input);
   const auto kind = accumulate_dtype(input.scalar_type());
   const int64_t channels = input.size(1);
-  STD_TORCH_CHECK(stats.numel() == 4 * channels && stats.is_contiguous() && stats.scalar_type() == kind, op,
-                  ": the statistics must be those that the forward returned");
-  STD_TORCH_CHECK(!given || (given->numel() == 2 * channels && given->is_contiguous() && given->scalar_type() == kind),
-                  op, ": sums must be (2, C) in the dtype of the statistics");
+  STD_TORCH_CHECK(
+      stats.numel() == 4 * channels && stats.is_contiguous() && stats.scalar_type() == kind && together(stats, input),
+      op, ": the statistics must be those that the forward returned");
+  STD_TORCH_CHECK(!given || (given->numel() == 2 * channels && given->is_contiguous() && given->scalar_type() == kind &&
+                             together(*given, input)),
+                  op, ": sums must be (2, C) in the dtype of the statistics, on the input's device");
   const Device device(input);
   const auto like = fusedtricks::empty_like(input), nothing = empty({0}, input.scalar_type(), input);
   const auto dx = need_dx ? like : nothing;
@@ -110,8 +113,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& grad, co
     torch::stable::zero_(dbias);
     return {dx, dresidual, dweight, dbias};
   }
-  STD_TORCH_CHECK(!bits || (bits->numel() == shape.mask_rows() * shape.mask_columns() && bits->is_contiguous()), op,
-                  ": the mask must be the one that the forward returned");
+  STD_TORCH_CHECK(!bits || (bits->numel() == shape.mask_rows() * shape.mask_columns() && bits->is_contiguous() &&
+                            together(*bits, input)),
+                  op, ": the mask must be the one that the forward returned");
   const MaybeTensor mask = bits && shape.bits_moved() ? MaybeTensor(moved_bits<false>(shape, *bits, device)) : bits;
   const bool depends = training && need_dx, later = depends && !given;
   const bool summing = later || need_dweight || need_dbias, writing = need_dx || need_dresidual;

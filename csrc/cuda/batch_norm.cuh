@@ -367,17 +367,15 @@ inline void check_batch(const char* op, const Tensor& x, int64_t activation) {
 }
 inline void check_like(const char* op, const char* name, const MaybeTensor& t, const Tensor& x) {
   if (!t) return;
-  bool same = t->dim() == x.dim() && t->scalar_type() == x.scalar_type() && t->is_cuda() == x.is_cuda() &&
-              t->get_device_index() == x.get_device_index();
+  bool same = t->dim() == x.dim() && t->scalar_type() == x.scalar_type() && together(*t, x);
   for (int64_t d = 0; same && d < x.dim(); ++d) same = t->size(d) == x.size(d);
   STD_TORCH_CHECK(same, op, ": ", name, " must have the shape, dtype and device of the input");
 }
 inline void check_channels(const char* op, const char* name, const MaybeTensor& t, const Tensor& x) {
   if (!t) return;
   check_floating(op, name, t->scalar_type());
-  STD_TORCH_CHECK(
-      t->numel() == x.size(1) && t->is_cuda() == x.is_cuda() && t->get_device_index() == x.get_device_index(), op, ": ",
-      name, " must have one element per channel and the device of the input");
+  STD_TORCH_CHECK(t->numel() == x.size(1) && together(*t, x), op, ": ", name,
+                  " must have one element per channel and the device of the input");
 }
 
 }  // namespace fusedtricks::cuda

@@ -80,7 +80,7 @@ void run_backward(const Device& device, const Tensor& dy, Tensor& dx1, Tensor& d
 Tensor shake_shake_fwd(const Tensor& x1, const Tensor& x2, const Tensor& alpha) {
   check_floating("shake_shake_fwd", "x1", x1.scalar_type());
   check_weights("shake_shake_fwd", x1, alpha);
-  STD_TORCH_CHECK(x2.scalar_type() == x1.scalar_type() && x2.sizes().equals(x1.sizes()) && x2.is_cuda() == x1.is_cuda(),
+  STD_TORCH_CHECK(x2.scalar_type() == x1.scalar_type() && x2.sizes().equals(x1.sizes()) && together(x2, x1),
                   "shake_shake_fwd: x2 must have the shape, dtype and device of x1");
   auto y = fusedtricks::empty_like(x1);
   if (x1.numel() == 0) return y;
