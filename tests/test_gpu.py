@@ -128,6 +128,35 @@ def test_graphs_with_numbers_of_the_host(name: str, backend: str) -> None:
             assert_bitwise_equal(captured, first)
 
 
+@each_backend
+@each_shape
+def test_graphs_pools_get_everything_back(case: Case, backend: str, shape: str) -> None:
+    """Nothing lasting is made in a pool of memory: mode "reduce-overhead" warms up in one, and raises."""
+    require(case, backend)
+    tensors, pool = tensors_of(case, shape), torch.cuda.MemPool()
+    side = torch.cuda.Stream()  # seen for the first time
+    side.wait_stream(torch.cuda.current_stream())
+    with fusedtricks.backend(backend), torch.cuda.stream(side), torch.cuda.use_mem_pool(pool):
+        forward_backward(case, case.fn, tensors, shape)
+    torch.cuda.synchronize()
+    kept = [b["size"] for s in pool.snapshot() for b in s["blocks"] if b["state"] == "active_allocated"]
+    assert not kept
+
+
+@pytest.mark.parametrize("size", [(257, 17), (3, 20000)], ids=["rows in registers", "split rows"])
+def test_graphs_of_torch_compile(size: tuple[int, int]) -> None:
+    """Mode "reduce-overhead" calls once in its pool, captures, and replays."""
+    layer = fusedtricks.nn.LayerNorm(size[1], device="cuda")
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    for i in range(5):
+        x = torch.full(size, float(i), device="cuda").add_(torch.arange(size[1], device="cuda")).requires_grad_()
+        dy = torch.sin(x.detach())
+        ours = torch.autograd.grad(compiled(x), [x, *layer.parameters()], dy)
+        theirs = torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_bitwise_equal(a, b)
+
+
 @each_case
 @each_backend
 def test_sync_never(case: Case, backend: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from threading import get_ident
 
 import pytest
 import torch
@@ -202,6 +203,18 @@ def test_counters_return_to_zero(C):
         run("layer_norm", "bwd", "triton", x, x, params[0], stats, 1, True, True, True)
         assert common._counters
         assert not any(counter.any() for counter in common._counters.values())
+
+
+def test_counters_lie_outside_pools(monkeypatch):
+    """A pool of memory serves the thread that opened it, and what outlives the call must not come from there."""
+    common = importlib.import_module("fusedtricks.triton_kernels.common")
+    zeros, makers = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: makers.append(get_ident()) or zeros(*args, **options))
+    monkeypatch.setattr(common, "_counters", {})
+    lasting = common.counters(torch.device("cpu"), 5)
+    assert common.counters(torch.device("cpu"), 5) is lasting
+    assert len(makers) == 1
+    assert makers[0] != get_ident()
 
 
 def test_collapse_rows():

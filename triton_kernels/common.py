@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -127,6 +128,21 @@ def processors(device: torch.device) -> int:
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
+def lasting_zeros(device: torch.device, count: int, stream: torch.cuda.Stream | None) -> Tensor:
+    """int32 zeros that outlive the call, made by a thread of their own.
+
+    A memory pool (torch.cuda.use_mem_pool, torch.compile's mode "reduce-overhead" before it captures) serves the thread
+    that opened it. It counts on all of its memory being free again in the end, and gives it to others.
+    """
+
+    def make() -> Tensor:
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
 def counters(device: torch.device, count: int) -> Tensor:
     """At least `count` int32 zeros. The kernel that takes them leaves zeros behind, so no launch pays for a memset.
 
@@ -135,9 +151,10 @@ def counters(device: torch.device, count: int) -> Tensor:
     """
     if device.type == "meta" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    key = (device, 0 if stream is None else stream.cuda_stream)
     if key not in _counters or _counters[key].numel() < count:
-        _counters[key] = torch.zeros(triton.next_power_of_2(max(count, 1024)), dtype=torch.int32, device=device)
+        _counters[key] = lasting_zeros(device, triton.next_power_of_2(max(count, 1024)), stream)
     return _counters[key]
 
 
