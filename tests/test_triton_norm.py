@@ -205,6 +205,19 @@ def test_counters_return_to_zero(C):
         assert not any(counter.any() for counter in common._counters.values())
 
 
+@pytest.mark.skipif(INTERPRETED, reason="one program at a time has no helpers")
+@pytest.mark.parametrize("C", [768, 65536])
+def test_helpers_find_room_on_small_devices(C, monkeypatch):
+    """Helpers wait for programs that may not run yet: where they fill the device, nothing ends."""
+    row_norm = importlib.import_module("fusedtricks.triton_kernels.row_norm")
+    x, stats = torch.empty((4096, C), device="meta"), torch.empty((3, 4096), device="meta")
+    args = row_norm.describe({"dy": x, "x": x, "dx": x}, 1)
+    for processors in (132, 14, 1):
+        monkeypatch.setattr(row_norm.common, "processors", lambda device, count=processors: count)
+        launch = row_norm.plan_backward(x, x, x[0], stats, x, x[0], x[0], args, True)
+        assert 1 <= launch.args["helpers"] <= min(processors, row_norm.HELPERS)
+
+
 def test_counters_lie_outside_pools(monkeypatch):
     """A pool of memory serves the thread that opened it, and what outlives the call must not come from there."""
     common = importlib.import_module("fusedtricks.triton_kernels.common")

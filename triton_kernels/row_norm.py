@@ -207,8 +207,10 @@ def plan_backward(
         moments = torch.empty((2, chunks + 1, R), dtype=torch.float32, device=device)
         args |= {"moments": moments, "chunks": chunks, "LAG": lag}
         args |= {"GROUP": split.group, "ROWS": split.rows, "BLOCK": split.block}
-    # Waiting programs need running ones beside them; the interpreter runs one program at a time.
-    helpers = 1 if INTERPRETED or not sums else max(1, min(triton.cdiv(C, STRIP.value), programs // 4, HELPERS))
+    # Waiting programs need running ones beside them. The interpreter runs one program at a time, a device at least one
+    # per multiprocessor, of which a slice of a GPU (MIG) has as few as 14.
+    most = 1 if INTERPRETED or not sums else min(HELPERS, common.processors(device))
+    helpers = max(1, min(triton.cdiv(C, STRIP.value), programs // 4, most))
     used = GROUPS.value + groups
     args |= {"used": used, "helpers": helpers, "LANES": common.releasing_lanes(warps)}
     args["counters"] = common.counters(device, used) if sums or groups else None
