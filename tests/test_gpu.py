@@ -185,6 +185,22 @@ def test_determinism_of_many_runs(case: Case, backend: str, shape: str) -> None:
                 assert_bitwise_equal(b, a)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_determinism_past_32_bits(backend: str) -> None:
+    """One draw for the whole batch makes it one sample, whose elements an int32 does not count."""
+    require(CASES["shake_shake"], backend)
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    forward, backward = (Op.registry[f"shake_shake_{way}"].implementation(backend) for way in ("fwd", "bwd"))
+    zeros, share = torch.zeros((2, 2**30 + 24), dtype=torch.bfloat16, device="cuda"), torch.full((1,), 0.25).cuda()
+    ones = torch.ones_like(zeros)
+    assert bool((forward(zeros, ones, share) == 0.75).all())
+    del zeros
+    one, two = backward(ones, share)
+    assert bool((one == 0.25).all())
+    assert bool((two == 0.75).all())
+
+
 @each_case
 @each_backend
 def test_graphs_and_side_stream_order(case: Case, backend: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench, from wherever pytest is started
@@ -34,6 +35,20 @@ def test_bytes_stay_within_budget(stem: str) -> None:
     assert rows
     over = [row for row in rows if not 1 <= row["ratio"] <= row["budget"]]
     assert not over, over
+
+
+@interpreted
+def test_a_sample_may_have_more_elements_than_32_bits_count() -> None:
+    """Its first program alone, which has elements to write however many follow."""
+    from fusedtricks.triton_kernels.shake_shake import COLUMNS, shake, shake_backward
+
+    x, y, z = torch.ones(COLUMNS), torch.zeros(COLUMNS), torch.zeros(COLUMNS)
+    share, length = torch.full((1,), 0.25), {"D_of": 2**28, "chunks": 2**21, "ONE": True, "ALIGN": 16}
+    shake[(1,)](x1=x, x2=y, y=z, alpha=share, COLUMNS=COLUMNS, **length)
+    assert (z == 0.25).all()
+    shake_backward[(1,)](dy=x, dx1=y, dx2=z, beta=share, COLUMNS=COLUMNS, **length)
+    assert (y == 0.25).all()
+    assert (z == 0.75).all()
 
 
 @compiled

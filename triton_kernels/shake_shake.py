@@ -18,12 +18,13 @@ from .mixing import dense_samples
 COLUMNS = 2048  # of a program
 
 
-# One compiled kernel serves every size; `D_of` counts ALIGN elements, for vector accesses.
+# One compiled kernel serves every size; `D_of` counts ALIGN elements, for vector accesses. Under one draw for the whole
+# batch, D is the whole tensor: more than an int32 counts.
 @triton.jit(do_not_specialize=["D_of", "chunks"])
 def shake(x1, x2, y, alpha, D_of, chunks, ONE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
-    D = D_of * ALIGN
+    D = tl.cast(D_of, tl.int64) * ALIGN
     sample = (tl.program_id(0) // chunks).to(tl.int64)
-    column = tl.program_id(0) % chunks * COLUMNS + tl.arange(0, COLUMNS)
+    column = (tl.program_id(0) % chunks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask, at = column < D, sample * D + column
     weight = tl.load(alpha if ONE else alpha + sample)
     a, b = tl.load(x1 + at, mask=mask).to(tl.float32), tl.load(x2 + at, mask=mask).to(tl.float32)
@@ -32,9 +33,9 @@ def shake(x1, x2, y, alpha, D_of, chunks, ONE: tl.constexpr, ALIGN: tl.constexpr
 
 @triton.jit(do_not_specialize=["D_of", "chunks"])
 def shake_backward(dy, dx1, dx2, beta, D_of, chunks, ONE: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
-    D = D_of * ALIGN
+    D = tl.cast(D_of, tl.int64) * ALIGN
     sample = (tl.program_id(0) // chunks).to(tl.int64)
-    column = tl.program_id(0) % chunks * COLUMNS + tl.arange(0, COLUMNS)
+    column = (tl.program_id(0) % chunks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask, at = column < D, sample * D + column
     weight = tl.load(beta if ONE else beta + sample)
     g = tl.load(dy + at, mask=mask).to(tl.float32)
