@@ -262,3 +262,18 @@ def test_counters_return_to_zero(shape):
         run("bwd", "triton", x, x, None, None, None, stats, None, None, True, 0, 0.0, True, False, True, True)
         assert common._counters
         assert not any(counter.any() for counter in common._counters.values())
+
+
+def test_a_channel_longer_than_32_bits_is_left_to_the_reference():
+    batch_norm = importlib.import_module("fusedtricks.triton_kernels.batch_norm")
+    countable = lambda *size: batch_norm.countable(torch.empty(size, device="meta"))  # noqa: E731
+    assert countable(2, 3, 5)
+    assert countable(2**12, 2, 2**20)
+    assert not countable(2**12, 1, 2**20)
+    assert not countable(0, 3, 5)
+    stats = torch.empty((4, 1), device="meta")
+    x = torch.empty((2**12, 1, 2**20), device="meta", dtype=torch.bfloat16)
+    fwd, bwd = (Op.registry[f"batch_norm_{way}"].implementation("triton") for way in ("fwd", "bwd"))
+    y, _, _ = fwd(x, None, None, None, None, None, None, 0.1, 1e-5, 0, 0.0, True, False)
+    dx, *_ = bwd(x, x, None, None, None, stats, None, None, True, 0, 0.0, True, False, False, False)
+    assert y.shape == dx.shape == x.shape

@@ -304,6 +304,12 @@ def dense(t: Tensor | None, like: Tensor) -> Tensor | None:
     return torch.empty_like(like).copy_(t)
 
 
+def countable(x: Tensor) -> bool:
+    """Has x elements, and lines of a length that 32 bits count? A single channel may be longer than that."""
+    n = x.numel()
+    return n > 0 and (n < 2**30 or layout(torch.empty_like(x, device="meta")).inner < 2**30)
+
+
 def unit(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
@@ -331,7 +337,7 @@ def batch_norm_fwd(
     need_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     served = supported("batch_norm_fwd", x, residual, weight, bias, running_mean, running_var)
-    if not served or x.numel() == 0:
+    if not served or not countable(x):
         return Op.registry["batch_norm_fwd"].implementation("reference")(
             x,
             residual,
@@ -386,7 +392,7 @@ def batch_norm_apply(
     slope: float,
     need_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not supported("batch_norm_apply", x, residual, weight, bias, mean, rest, var) or x.numel() == 0:
+    if not supported("batch_norm_apply", x, residual, weight, bias, mean, rest, var) or not countable(x):
         return Op.registry["batch_norm_apply"].implementation("reference")(
             x, residual, weight, bias, mean, rest, var, eps, activation, slope, need_mask
         )
@@ -425,7 +431,7 @@ def batch_norm_bwd(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need = (need_dx, need_dresidual, need_dweight, need_dbias)
-    if not supported("batch_norm_bwd", x, dy, residual, weight, bias, stats, sums) or x.numel() == 0:
+    if not supported("batch_norm_bwd", x, dy, residual, weight, bias, stats, sums) or not countable(x):
         return Op.registry["batch_norm_bwd"].implementation("reference")(
             dy, x, residual, weight, bias, stats, mask, sums, training, activation, slope, *need
         )
