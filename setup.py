@@ -91,6 +91,8 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     includes = [f"-I{CSRC}", f"-isystem {torch_dir / 'include'}"]
     python = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_paths()['include']}"]
+    # Before torch's include: some torchs have a pybind11 of their own there that refuses code for the stable ABI.
+    stable_python = [f"-I{pybind11.get_include()}", *python[1:]]
     # Neither flag changes a result: errno and floating-point traps are never looked at.
     common = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -126,7 +128,7 @@ def ninja_file(cxx: str, output: Path, build: Path) -> str:
         objects.append(escape(build / f"{name}.o"))
         lines.append(f"build {objects[-1]}: {rule} {escape(source)}\n  flags = {flags}")
 
-    compile("cxx", CSRC / "module.cpp", "module", f"{' '.join(python)} {info}")
+    compile("cxx", CSRC / "module.cpp", "module", f"{' '.join(stable_python)} {info}")
     for isa, flags in instruction_sets().items():
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             compile("cxx", source, f"{source.stem}.{isa}", " ".join([*flags, f"-DFT_ISA={isa}"]))

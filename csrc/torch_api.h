@@ -61,11 +61,11 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline Tensor empty_strided(Sizes sizes, const int64_t* strides, ScalarType dtype, const Tensor& where) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(where.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(where.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-                                                         static_cast<int32_t>(dtype), device_type,
-                                                         where.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                  static_cast<int32_t>(dtype), device_type, where.get_device_index(),
+                                                  &handle));
   return Tensor(handle);
 }
 
@@ -116,7 +116,7 @@ inline Tensor with_unit_columns(const Tensor& t, int64_t dims) {
   std::array<int64_t, 64> strides{};
   for (int64_t d = 0; d < t.dim(); ++d) strides[d] = one.size(d) == t.size(d) ? one.stride(d) : 0;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(one.get(), t.sizes().data(), strides.data(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(one.get(), t.sizes().data(), strides.data(), &handle));
   return Tensor(handle);
 }
 

@@ -33,7 +33,7 @@ class Device {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
                     "fusedtricks: a CUDA kernel was called, but the installed torch has no CUDA");
     void* stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
