@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +19,7 @@ import fusedtricks
 from fusedtricks import MixedTarget, _op
 from fusedtricks.functional import cross_entropy
 
+hypothesis, st = pytest.importorskip("hypothesis"), pytest.importorskip("hypothesis.strategies")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the Triton kernels have tests of their own")
 BACKENDS = ["reference", "cpu"]
 INFO = next(m for m in module_db if m.module_cls is torch.nn.CrossEntropyLoss)

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench, from wherever pytest is started
 
+pytest.importorskip("rich")  # of what prints figures
 from bench import instructions
 
 pytestmark = [

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from optim_cases import GRAD_LAYOUTS, NAMES, PARAM_LAYOUTS, canaries_unharmed, laid_out, make
 from torch import Tensor
+
+hypothesis, st = pytest.importorskip("hypothesis"), pytest.importorskip("hypothesis.strategies")
 
 TENSORS = st.lists(
     st.tuples(
@@ -89,17 +89,17 @@ CASES = {
     "skipped": st.integers(0, 7),  # the step at which a scaler finds infinities, if it is one of the four
     "seed": st.integers(0, 2**20),
 }
-QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
+QUIET = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "derandomize": True, "database": None}
 
 
-@settings(max_examples=1000, **QUIET)
-@given(**CASES)
+@hypothesis.settings(max_examples=1000, **QUIET)
+@hypothesis.given(**CASES)
 def test_fuzz(**case: Any) -> None:
     fuzz(**case)
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, **QUIET)
-@given(**CASES)
+@hypothesis.settings(max_examples=20_000, **QUIET)
+@hypothesis.given(**CASES)
 def test_fuzz_for_long(**case: Any) -> None:
     fuzz(**case)
