@@ -48,9 +48,11 @@ def targets(case: Case) -> list[Target]:
     common = [b for b in case.operators[0].available() if all(b in op.available() for op in case.operators)]
     if INTERPRETED:
         return [Target("cpu", "triton")] if "triton" in common else []
-    on_cpu = [Target("cpu", b) for b in common if b == "reference" or b.startswith("cpu:")]
-    on_gpu = [Target("cuda", b) for b in common if b in ("reference", "cuda", "triton")]
-    return [*on_cpu, *on_gpu] if "cuda" in devices else on_cpu
+    on = {
+        "cpu": [Target("cpu", b) for b in common if b == "reference" or b.startswith("cpu:")],
+        "cuda": [Target("cuda", b) for b in common if b in ("reference", "cuda", "triton")],
+    }
+    return [target for device in devices for target in on[device]]
 
 
 def takes(target: Target, dtype: torch.dtype) -> bool:
