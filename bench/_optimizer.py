@@ -28,6 +28,10 @@ ONE_GROUP, MANY_GROUPS = "step", "step, a group each"
 Make = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 
+def first(params: Sequence[Any]) -> Tensor:
+    return params[0]["params"][0] if isinstance(params[0], dict) else params[0]
+
+
 class Stepped:
     """Parameters with gradients, and the optimizer over them, as `ours` and `torch` make it."""
 
@@ -50,7 +54,7 @@ class Stepped:
 class Optimizer:
     """An optimizer against torch's, with the interface of bench.Function.
 
-    `fused`: torch has a fused step, which is then the one compared with; otherwise it is the one of lists (`foreach`).
+    `fused`: devices where torch has a fused step, the one compared with; elsewhere it is the one of lists (`foreach`).
     The remaining ways of torch are timed beside it. `states` is the number of moments; a step must read the parameter,
     its gradient and each moment, and write all but the gradient. Our moments of bfloat16 parameters are float32, and
     torch's bfloat16.
@@ -58,7 +62,7 @@ class Optimizer:
 
     name: str
     states: int
-    fused: bool
+    fused: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[Size, ...] = SIZES
     headline: Size = BANDWIDTH
@@ -75,15 +79,15 @@ class Optimizer:
         return f"optim.{self.name}"
 
     def ours(self, params: Sequence[Any], **more: Any) -> torch.optim.Optimizer:
-        first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
-        moments = {"state_dtype": torch.float32} if first.dtype == torch.bfloat16 else {}
+        moments = {"state_dtype": torch.float32} if first(params).dtype == torch.bfloat16 else {}
         return getattr(fusedtricks.optim, self.name)(params, **{"lr": 1e-3, **moments, **self.options, **more})
 
     def torch_by(self, params: Sequence[Any], **more: Any) -> torch.optim.Optimizer:
         return getattr(torch.optim, self.name)(params, **{"lr": 1e-3, **self.options, **more})
 
     def torch(self, params: Sequence[Any], **more: Any) -> torch.optim.Optimizer:
-        return self.torch_by(params, **{"fused" if self.fused else "foreach": True}, **more)
+        way = "fused" if first(params).device.type in self.fused else "foreach"
+        return self.torch_by(params, **{way: True}, **more)
 
     def further(self, mode: str) -> dict[str, Make]:
         """torch's other ways to step; where every parameter has a group, ours with one for all."""

@@ -14,7 +14,7 @@ def _apex() -> Any:
     return lambda params: FusedAdagrad(params, lr=1e-3)
 
 
-OPERATION = _optimizer.Optimizer("Adagrad", states=1, fused=True, peers={"apex": _apex})
+OPERATION = _optimizer.Optimizer("Adagrad", states=1, fused=("cpu",), peers={"apex": _apex})
 
 
 def traffic() -> Iterator[Moved]:

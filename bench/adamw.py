@@ -21,7 +21,7 @@ def _optimi() -> Any:
 
 
 OPERATION = _optimizer.Optimizer(
-    "AdamW", states=2, fused=True, options={"weight_decay": 0.01}, peers={"apex": _apex, "optimi": _optimi}
+    "AdamW", states=2, fused=("cpu", "cuda"), options={"weight_decay": 0.01}, peers={"apex": _apex, "optimi": _optimi}
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bench import Moved, _optimizer
 
-OPERATION = _optimizer.Optimizer("NAdam", states=2, fused=False)
+OPERATION = _optimizer.Optimizer("NAdam", states=2)
 
 
 def traffic() -> Iterator[Moved]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bench import Moved, _optimizer
 
-OPERATION = _optimizer.Optimizer("RMSprop", states=1, fused=False)
+OPERATION = _optimizer.Optimizer("RMSprop", states=1)
 
 
 def traffic() -> Iterator[Moved]:

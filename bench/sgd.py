@@ -14,7 +14,9 @@ def _apex() -> Any:
     return lambda params: FusedSGD(params, lr=1e-3, momentum=0.9)
 
 
-OPERATION = _optimizer.Optimizer("SGD", states=1, fused=True, options={"momentum": 0.9}, peers={"apex": _apex})
+OPERATION = _optimizer.Optimizer(
+    "SGD", states=1, fused=("cpu", "cuda"), options={"momentum": 0.9}, peers={"apex": _apex}
+)
 
 
 def traffic() -> Iterator[Moved]:
