@@ -64,13 +64,16 @@ def cuobjdump() -> str | None:
 
 @functools.cache
 def objects() -> dict[str, Path]:
-    """{stem: object} of every CUDA source: that of the extension's build where it is up to date, else compiled here."""
+    """{stem: object} of every CUDA source: that of the extension's build if it is up to date and for all ARCHS, else
+    compiled here."""
     headers = [*(CSRC / "cuda").glob("*.cuh"), *(CSRC / "math").iterdir(), CSRC / "torch_api.h"]
     newest = max(path.stat().st_mtime for path in headers)
 
     def find(source: Path) -> Path:
         for built in ROOT.glob(f"build/native-*/{source.stem}.cuda.o"):
-            if built.stat().st_mtime > max(newest, source.stat().st_mtime):
+            flags = (built.parent / "build.ninja").read_text()
+            complete = all(re.search(rf"code=sm_{arch}\b", flags) for arch in ARCHS)
+            if complete and built.stat().st_mtime > max(newest, source.stat().st_mtime):
                 return built
         key = hashlib.sha256(b"".join(p.read_bytes() for p in (source, *sorted(headers)))).hexdigest()[:16]
         out = ROOT / "build" / "static" / f"{source.stem}-{key}.o"
@@ -93,7 +96,7 @@ def objects() -> dict[str, Path]:
         return out
 
     sources = sorted((CSRC / "cuda").glob("*.cu"))
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip((s.stem for s in sources), pool.map(find, sources), strict=True))
 
 
