@@ -79,9 +79,11 @@ $(VENV)/.built: $(VENV)/.dev $(NATIVE)
 	$(VENV)/bin/python -m pip install --no-build-isolation --no-deps -v -e .
 	@touch $@
 
-# In place, so that the interpreter's own packages stay as they are; `demo` names the place.
+# In place, so that the interpreter's own packages stay as they are; `demo` names the place. For the GPUs that are here,
+# as gpu-check builds, unless TORCH_CUDA_ARCH_LIST says which.
 build/.inplace: $(NATIVE)
 	@mkdir -p build
 	ln -sfn ../triton_kernels fusedtricks/triton_kernels
-	$(PYTHON) setup.py build_ext --inplace
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$$($(PYTHON) -c 'from bench.gpu_check import archs; print(archs())')}" \
+	  $(PYTHON) setup.py build_ext --inplace
 	@touch $@

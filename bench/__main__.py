@@ -73,7 +73,12 @@ def main() -> None:
     print(f"{report.device_name(device)}, torch {torch.__version__}, revision {report.revision()}\n")
 
     seconds = args.seconds or (0.2 if args.quick else 1.0)
-    rows, wrong = [], []
+    rows, wrong, failed = [], [], []
+
+    def keep() -> None:
+        if args.json:
+            report.write_json(args.json, report.document(device, rows, wrong, args.system_heap, seconds))
+
     if args.accuracy:
         dtypes = (torch.float32, torch.bfloat16)
         with report.progress(len(chosen) * len(dtypes), "accuracy") as bar:
@@ -92,14 +97,22 @@ def main() -> None:
                 mine = []
                 for dtype, size, mode in run.plan(operation, args.quick):
                     bar.update(bar.task_ids[0], description=f"{operation.stem} {mode} {report.size(size)}")
-                    mine.append(run.measure(operation, mode, size, dtype, device, seconds))
+                    try:
+                        mine.append(run.measure(operation, mode, size, dtype, device, seconds))
+                    except Exception as error:  # a wrong row is not timed, and costs no other row its time
+                        failed.append(f"{operation.stem} {mode} {report.size(size)} {dtype}: {error!r}")
+                        print(failed[-1], file=sys.stderr)
+                    else:
+                        rows.append(mine[-1])
+                        keep()  # whatever ends a run leaves what it has measured
                     bar.advance(bar.task_ids[0])
-                report.show(f"{operation.stem} against {report.counterpart(operation)}", *report.columns(mine))
-                rows += mine
-    if args.json:
-        report.write_json(args.json, report.document(device, rows, wrong, args.system_heap, seconds))
+                if mine:
+                    report.show(f"{operation.stem} against {report.counterpart(operation)}", *report.columns(mine))
+    keep()
     if args.plot and rows:
         report.plot(args.plot, rows, report.device_name(device))
+    if failed:
+        raise SystemExit(f"bench: {len(failed)} rows failed, and nothing is recorded; the last: {failed[-1]}")
     if args.record:
         for path in report.record(device, rows, wrong, args.system_heap, seconds):
             print(f"wrote {path.relative_to(report.ROOT)}")

@@ -2,14 +2,20 @@
 
 GPU_CHECK names the stages: build parity graphs sync determinism sanitizer bench; default: all. `sanitizer:memcheck` is
 one tool, `bench:layer_norm` one operation. No stage takes ten minutes: `parity` and `bench` are one for each operation.
-GPU_CHECK_OUT is the folder for summary.json, a log for each stage and the figures; default: out/gpu-check.
+GPU_CHECK_MINUTES ends the whole run, so that what kills it later finds everything written; default: no end.
+GPU_CHECK_BENCH is passed on to `python -m bench`: "--quick" for two sizes of each operation.
+GPU_CHECK_OUT is the folder for summary.json, a log for each stage and the figures; default: out/gpu-check. Of those,
+results/ is what goes into bench/results/. Without git, FUSEDTRICKS_REVISION is the commit they are figures of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -39,7 +45,7 @@ class Stage:
 @dataclass
 class Result:
     stage: str
-    status: str  # passed, failed, timed out, unavailable
+    status: str  # passed, failed, timed out, unavailable, not started
     seconds: float = 0.0
     last_line: str = ""
 
@@ -51,16 +57,20 @@ def pytest(*arguments: str) -> list[str]:
 def ask(program: str) -> Any:
     """What a Python program prints, as JSON; it sees the package, bench and the tests."""
     command = [sys.executable, "-c", f"import json, bench; print(json.dumps({program}))"]
-    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    return json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def archs() -> str:
+    """TORCH_CUDA_ARCH_LIST of the GPUs that are here: the package's own list takes several times as long to build."""
+    import torch
+
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return "" if torch.version.hip else ";".join(f"{a}.{b}" for a, b in sorted(found))
 
 
 def build() -> list[Stage]:
-    import torch
-
-    archs = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    # Only what these GPUs run: the package's own list takes several times as long.
-    here = {} if torch.version.hip else {"TORCH_CUDA_ARCH_LIST": ";".join(f"{a}.{b}" for a, b in sorted(archs))}
-    return [Stage("build", ["bash", "-c", f"{link()} && {sys.executable} setup.py build_ext --inplace"], env=here)]
+    command = f"{link()} && {sys.executable} setup.py build_ext --inplace"
+    return [Stage("build", ["bash", "-c", command], env={"TORCH_CUDA_ARCH_LIST": archs()})]
 
 
 def link() -> str:
@@ -70,7 +80,9 @@ def link() -> str:
 
 def parity(wanted: str = "") -> list[Stage]:
     """The sweep of each operation; for one that is no function of tensors, the files that test it."""
-    spread = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    # A test computes on two threads; each worker compiles Triton kernels, which is most of the time.
+    workers = min(8, max(1, (os.cpu_count() or 1) // 2))
+    spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") and workers > 1 else []
     stages = {stem: ["tests/test_parity.py", "-k", f"[{stem}-"] for stem in ask("[*__import__('cases').CASES]")}
     for stem, files in ask("__import__('cases').TESTED").items():
         if [f"tests/{name}" for name in files] not in stages.values():  # once, where operations share them
@@ -98,9 +110,13 @@ def sanitizer(kinds: tuple[str, ...] = SANITIZERS) -> list[Stage]:
 
 
 def bench(stem: str) -> Stage:
-    out = str(output() / f"bench-{stem}")
-    command = [sys.executable, "-m", "bench", stem, "--device", "cuda", "--json", f"{out}.json", "--plot", f"{out}.png"]
-    return Stage(f"bench:{stem}", command)
+    import torch
+
+    figures = output() / "results" / slug(torch.cuda.get_device_name()) / f"{stem}.json"
+    to = ["--json", str(figures), "--plot", str(output() / f"bench-{stem}.png")]
+    # Hundreds of samples of a GPU's call; what compiles takes longer.
+    command = [sys.executable, "-m", "bench", stem, "--device", "cuda", "--seconds", "0.2", *to]
+    return Stage(f"bench:{stem}", [*command, *shlex.split(os.environ.get("GPU_CHECK_BENCH", ""))])
 
 
 def stages(wanted: list[str]) -> Iterator[Stage]:
@@ -121,15 +137,18 @@ def output() -> Path:
     return Path(os.environ.get("GPU_CHECK_OUT") or ROOT / "out" / "gpu-check").resolve()
 
 
-def run(stage: Stage) -> Result:
-    """Run one stage; its output goes to the terminal and to a log."""
+def run(stage: Stage, minutes: float) -> Result:
+    """Run one stage; its output goes to the terminal and to a log. `minutes` are left for the whole run."""
     print(f"\n==== {stage.name}", flush=True)
     if not stage.command:
         print(stage.unavailable[0])
         return Result(stage.name, "unavailable", last_line=stage.unavailable[0])
+    if minutes <= 0:
+        return Result(stage.name, "not started", last_line="GPU_CHECK_MINUTES are over")
     start, log = time.monotonic(), output() / f"{stage.name.replace(':', '-')}.log"
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.env}
-    # A session of its own, so that a stage past its limit ends with everything it started.
+    # A process group of its own, so that a stage past its limit ends with everything it started; no session of its own,
+    # so that what ends this process by its session ends the stage too.
     process = subprocess.Popen(
         stage.command,
         cwd=ROOT,
@@ -137,16 +156,21 @@ def run(stage: Stage) -> Result:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
+        preexec_fn=os.setpgrp,
     )
-    alarm = Alarm(process, stage.minutes * 60)
-    with log.open("wb") as file:
-        for line in process.stdout:
-            sys.stdout.buffer.write(line)
-            sys.stdout.flush()
-            file.write(line)
-    code = process.wait()
-    alarm.cancel()
+    alarm = Alarm(process, min(stage.minutes, minutes) * 60)
+    try:
+        with log.open("wb", buffering=0) as file:
+            for line in process.stdout:
+                sys.stdout.buffer.write(line)
+                sys.stdout.flush()
+                file.write(line)
+        code = process.wait()
+    except BaseException:  # Ctrl-C, which the other group does not get
+        alarm.ring()
+        raise
+    finally:
+        alarm.cancel()
     text = log.read_text(errors="replace")
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     status = "timed out" if alarm.rang else "passed" if code == 0 else "failed"
@@ -169,7 +193,8 @@ class Alarm:
 
     def ring(self) -> None:
         self.rang = True
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def cancel(self) -> None:
         self.timer.cancel()
@@ -193,9 +218,11 @@ def main() -> int:
     if "build" not in wanted:
         wanted.insert(0, "build")  # quick where nothing changed
     output().mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: the stage ends too
+    end = time.monotonic() + 60 * float(os.environ.get("GPU_CHECK_MINUTES") or "inf")
     results: list[Result] = []
     for stage in stages(wanted):
-        results.append(run(stage))
+        results.append(run(stage, (end - time.monotonic()) / 60))
         summary(results)
         if stage.name == "build" and results[-1].status != "passed":
             break
@@ -207,7 +234,10 @@ def main() -> int:
 
 
 def revision() -> str:
-    """The commit that is measured, "-dirty" if anything but recorded results has changed since."""
+    """The commit that is measured, "-dirty" if anything but recorded results has changed since.
+
+    A copy of the files without git has FUSEDTRICKS_REVISION instead.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -216,7 +246,12 @@ def revision() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FUSEDTRICKS_REVISION") or "unknown"
+
+
+def slug(device: str) -> str:
+    """The folder of a device under bench/results/."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def summary(results: list[Result]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from bench import ROOT, operations
 from bench.accuracy import Error, measure
-from bench.gpu_check import revision
+from bench.gpu_check import revision, slug
 from bench.run import Row
 from fusedtricks.__main__ import cpu_model, environment
 
@@ -155,7 +154,7 @@ def record(
     seconds: float | None = None,
 ) -> list[Path]:
     """One file for each operation under bench/results/<device>/, which is what --report reads."""
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    folder = RESULTS / slug(device_name(device))
     paths = []
     for stem in dict.fromkeys([row.operation for row in (*rows, *accuracy)]):
         for kind, part in (("rows", rows), ("accuracy", accuracy)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import parity
 import torch
 
 import fusedtricks
+from bench import Call
 from bench.timing import Contestant, Timing, copy, interleaved
 from fusedtricks._op import Op
 
@@ -92,22 +93,26 @@ def contestants(operation: Any, mode: str, tensors: Tensors, device: str) -> Ite
     yield "torch", Contestant(operation.call(operation.torch, mode, tensors))
     if can_compile(device) is None:
         torch._dynamo.reset()
-        compiled = operation.compiled(mode, tensors)
-        if compiled is not None:
-            yield "compile", Contestant(compiled)
+        yield from able(operation, mode, "compile", lambda: operation.compiled(mode, tensors))
     for name, fn in operation.further(mode).items():
         yield name, Contestant(operation.call(fn, mode, tensors))
     if device != "cpu":
         for name, load in operation.peers.items():
-            if importlib.util.find_spec(name) is None:
-                continue
-            try:
-                peer = operation.call(load(), mode, tensors)
-                peer()
-            except Exception as error:  # another library's bounds are not ours: named, and left out of this row
-                print(f"{operation.stem} {mode}: {name} cannot run this: {error!r}", file=sys.stderr)
-                continue
-            yield name, Contestant(peer)
+            if importlib.util.find_spec(name) is not None:
+                yield from able(operation, mode, name, lambda load=load: operation.call(load(), mode, tensors))
+
+
+def able(operation: Any, mode: str, name: str, make: Callable[[], Call | None]) -> Iterator[tuple[str, Contestant]]:
+    """The contestant, if it can run: bounds of others are not ours, so it is named, and left out of this row."""
+    try:
+        call = make()
+        if call is None:
+            return
+        call()
+    except Exception as error:
+        print(f"{operation.stem} {mode}: {name} cannot run this: {error!r}", file=sys.stderr)
+        return
+    yield name, Contestant(call)
 
 
 def plan(operation: Any, quick: bool) -> list[tuple[torch.dtype, tuple[int, ...], str]]:
