@@ -17,7 +17,7 @@ from torch.testing._internal.common_modules import module_db
 
 import fusedtricks
 from fusedtricks import MixedTarget, _op
-from fusedtricks.functional import cross_entropy
+from fusedtricks.functional import cross_entropy, linear_cross_entropy
 
 hypothesis, st = pytest.importorskip("hypothesis"), pytest.importorskip("hypothesis.strategies")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the Triton kernels have tests of their own")
@@ -391,6 +391,30 @@ def test_backward_twice_and_scaled() -> None:
     torch.testing.assert_close(made[1], 3 * made[0])
     made[0].zero_()
     assert_bitwise_equal(torch.autograd.grad(loss, x, retain_graph=True)[0], made[3])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["labels", "pair", "pair_lam", "probabilities"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_loss_may_be_written_to(reduction: str, kind: str, linear: bool) -> None:
+    """`loss /= steps`, as gradient accumulation has it."""
+    labels, eye = torch.arange(4), torch.eye(5)
+    found = []
+    for in_place in (False, True):
+        x = torch.linspace(-1, 1, 20).cos().reshape(4, 5).requires_grad_()
+        lam = torch.tensor(0.3, requires_grad=kind == "pair_lam")
+        probabilities = torch.softmax(x.detach(), -1).requires_grad_()
+        pair = MixedTarget(labels, labels.flip(0), lam)
+        target = {"labels": labels, "probabilities": probabilities}.get(kind, pair)
+        args = {"reduction": reduction, "label_smoothing": 0.1}
+        loss = linear_cross_entropy(x, eye, target, **args) if linear else cross_entropy(x, target, **args)
+        if in_place:
+            loss /= 4
+        else:
+            loss = loss / 4
+        loss.sum().backward()
+        found.append([t.grad for t in (x, lam, probabilities)])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_inplace_backward_is_noticed() -> None:

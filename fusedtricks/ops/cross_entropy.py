@@ -216,10 +216,10 @@ def target_gradient(
     weight: Tensor | None,
     stats: Tensor,
     total: Tensor,
-    loss: Tensor,
+    loss: Tensor | None,
     o: Options,
 ) -> Tensor:
-    """d loss / d probabilities (*, C), or d loss / d lam, () or (*)."""
+    """d loss / d probabilities (*, C), or d loss / d lam, () or (*), which needs `loss`."""
     top, normalizer, _ = stats.reshape(3, *logits.shape[:-1])
     logsum = normalizer.log()
     z = scaled(logits, o) - top.unsqueeze(-1)
@@ -263,7 +263,9 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Any:
         loss, stats, total, dlogits, rank = cross_entropy_fwd(logits, target, other, lam, weight, *o, early, need_rank)
         lse = log_sum_exp(stats).reshape(logits.shape[:-1]) if need_lse else None
-        ctx.save_for_backward(logits, target, other, lam, weight, stats, total, loss)
+        # Of the caller, who may write to it (`loss /= steps`): what the gradient of lam needs of it is a copy.
+        kept = loss.clone() if lam is not None and lam.requires_grad else None
+        ctx.save_for_backward(logits, target, other, lam, weight, stats, total, kept)
         ctx.o, ctx.early, ctx.inplace, ctx.used = o, early, inplace, False
         ctx.dlogits = dlogits if early else None
         ctx.set_materialize_grads(False)
@@ -284,7 +286,7 @@ class _CrossEntropy(torch.autograd.Function):
         if differentiating():
             return _composed_backward(ctx, dloss, dlse)
         if dloss is None:
-            dloss = torch.zeros_like(loss)
+            dloss = total.new_zeros(logits.shape[:-1] if o.reduction == 0 else ())
         dlogits = dtarget = dlam = None
         if need[1] or need[3]:
             made = target_gradient(dloss, logits, Target(target, other, lam), weight, stats, total, loss, o)

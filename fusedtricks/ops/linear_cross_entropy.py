@@ -100,8 +100,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             loss = torch.stack(losses).sum() if losses else x.new_zeros((), dtype=wide)
             loss = loss / total if o.reduction == 1 else loss
+        kept = loss.clone() if need[4] else None  # as in cross_entropy
         ctx.save_for_backward(
-            x, weight, bias, *target, class_weight, total, loss, *grads, *(stats if ctx.again else ())
+            x, weight, bias, *target, class_weight, total, kept, *grads, *(stats if ctx.again else ())
         )
         return loss
 
@@ -124,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _made_again(
     ctx: Any, dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Target,
-    class_weight: Tensor | None, total: Tensor, loss: Tensor,
+    class_weight: Tensor | None, total: Tensor, loss: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of x, weight, bias, class probabilities, nothing, and lam, from logits made once more."""
     o, need = ctx.o, ctx.need
@@ -132,7 +133,7 @@ def _made_again(
     memory = x.new_empty(min(ctx.chunk, x.shape[0]), weight.shape[0])
     for stats, here in zip(ctx.saved_tensors[12:], chunks(x.shape[0], ctx.chunk), strict=True):
         logits, t = logits_of(x[here], weight, bias, memory), part(target, here)
-        d, row = (v[here] if o.reduction == 0 else v for v in (dloss, loss))
+        d, row = (v if v is None or o.reduction != 0 else v[here] for v in (dloss, loss))
         if any(need[3:]):
             of_target.append(ce.target_gradient(d, logits, t, class_weight, stats, total, row, o))
         if any(need[:3]):
