@@ -200,6 +200,25 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`. torch.compile takes no tensor twice, and with `dynamic=True` makes inputs of floats, such as
+    default arguments, which it then has to see before it is inside the function."""
+    return function.apply(*(_seen(args) if torch.compiler.is_compiling() else args))
+
+
+def _seen(args: tuple[Any, ...]) -> list[Any]:
+    found: list[Any] = []
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            a = a.view_as(a) if any(a is b for b in found) else a
+        elif isinstance(a, float):
+            a = float(a)
+        elif isinstance(a, tuple):
+            a = a._make(_seen(a)) if hasattr(a, "_make") else tuple(_seen(a))
+        found.append(a)
+    return found
+
+
 def differentiating() -> bool:
     """True in a backward that must itself be differentiable (`create_graph=True`)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

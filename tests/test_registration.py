@@ -12,6 +12,9 @@ from parity import LAYOUTS, Guarded
 from sweep import INTERPRETED, cast, forward_backward, functions_alone, outputs, subsets
 from torch import Tensor
 
+from fusedtricks import MixedTarget
+from fusedtricks import functional as F
+from fusedtricks import nn as fnn
 from fusedtricks._op import Op
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="registration does not depend on the interpreter")
@@ -147,6 +150,82 @@ def test_compile_dynamic_shapes_once(stem: str) -> None:
         tensors = [cast(t, torch.float32) for t in case.inputs(*shape)]
         torch.testing.assert_close(compiled(tensors), case.call(case.fn, tensors, *rest), rtol=0, atol=0)
     assert len(compilations) == 1
+
+
+ONES, LABELS = torch.ones(6), torch.arange(8) % 6
+# Calls on x (N, 6) and labels (N,), with as many default arguments as there are.
+CALLS: dict[str, Any] = {
+    "layer_norm": lambda x, _: F.layer_norm(x, (6,), ONES, 2 * ONES),
+    "rms_norm": lambda x, _: F.rms_norm(x, (6,), ONES),
+    "batch_norm": lambda x, _: F.batch_norm(x, None, None, training=True),
+    "batch_norm_eval": lambda x, _: F.batch_norm(x, ONES, 2 * ONES),
+    "batch_norm_act": lambda x, _: F.batch_norm_act(x, None, None, residual=x, training=True),
+    "batch_norm_gelu": lambda x, _: F.batch_norm_act(x, None, None, residual=x, training=True, activation="gelu"),
+    "dropout_add_layer_norm": lambda x, _: F.dropout_add_layer_norm(x, x, ONES, 2 * ONES, p=0.0),
+    "cross_entropy": lambda x, labels: F.cross_entropy(x, labels),
+    "cross_entropy_of_a_pair": lambda x, labels: F.cross_entropy(x, MixedTarget(labels, labels, torch.ones(()))),
+    "linear_cross_entropy": lambda x, labels: F.linear_cross_entropy(x, torch.eye(6), labels),
+    "distillation": lambda x, labels: F.distillation_loss(x, x, labels),
+    "mixup": lambda x, labels: F.mixup(x, labels, 0.3, torch.arange(x.shape[0]))[0],
+    "shake_shake": lambda x, _: F.shake_shake(x, x, training=False),
+    "modules": torch.nn.Sequential(fnn.BatchNorm1d(6), fnn.LayerNorm(6), fnn.RMSNorm(6), fnn.Dropout(0.0)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compile_twice_in_one_graph_of_dynamic_shapes(name: str) -> None:
+    """With dynamic=True floats are inputs too, default arguments among them: the second call shares the first's. And
+    one tensor may be several arguments."""
+    call = CALLS[name]
+    once = (lambda x, _: call(x)) if isinstance(call, torch.nn.Module) else call
+    twice = lambda x, labels: (once(x, labels) + 2 * once(2 * x, labels)).sum()  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(twice, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (8, 5):
+        xs = [torch.linspace(-1, 2, 6 * rows).sin().reshape(rows, 6).requires_grad_() for _ in range(2)]
+        losses = [f(x, LABELS[:rows]) for f, x in zip((compiled, twice), xs, strict=True)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss, x in zip(losses, xs, strict=True)))
+
+
+@pytest.mark.parametrize("name", ["shake_shake", "mixup", "cutmix", "box"])
+def test_compile_draws_for_dynamic_shapes(name: str) -> None:
+    mix = {"mixup": fnn.Mixup(per_sample=True, prob=0.5), "cutmix": fnn.CutMix(per_sample=True, prob=0.5)}.get(name)
+
+    def call(x: Tensor, labels: Tensor, box: Tensor) -> Tensor:
+        if name == "shake_shake":
+            return F.shake_shake(x, 2 * x)
+        if name == "box":
+            return F.cutmix(x, labels, 0.5, torch.arange(x.shape[0]).flip(0), box=box)[0]
+        return mix(x, labels)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (8, 5):
+        given = torch.rand(rows, 3, 6, 6, requires_grad=True), LABELS[:rows], torch.tensor([[1, 4, 0, 5]] * rows)
+        torch.manual_seed(rows)
+        y = compiled(*given)
+        torch.manual_seed(rows)
+        torch.testing.assert_close(y, call(*given))
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout2d", "mixup"])
+def test_compile_in_place(name: str) -> None:
+    def call(x: Tensor) -> Tensor:
+        hidden = 2 * x
+        if name == "mixup":
+            return F.mixup(hidden, None, 0.3, torch.arange(8).flip(0), out=hidden)[0] + hidden
+        drop = fnn.Dropout(0.5, inplace=True) if name == "dropout" else fnn.Dropout2d(0.5, inplace=True)
+        return drop(hidden) + hidden
+
+    torch._dynamo.reset()
+    found = []
+    for f in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+        torch.manual_seed(0)
+        x = torch.linspace(1, 2, 8 * 6 * 4).reshape(8, 6, 2, 2).requires_grad_()
+        y = f(x)
+        found.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("stem", NORMS)

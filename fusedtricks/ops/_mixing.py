@@ -28,7 +28,7 @@ def check(name: str, x: Tensor, target: Any, lam: Tensor | float, perm: Tensor) 
         if not 0 <= lam <= 1:
             raise ValueError(f"{name}: expected lam in [0, 1], but got {lam}")
         lam = torch.full((), lam, dtype=torch.float32, device=x.device)
-    if lam.shape not in ((), (N,)) or not lam.is_floating_point():
+    if (lam.dim() > 0 and lam.shape != (N,)) or not lam.is_floating_point():
         raise RuntimeError(
             f"{name}: expected lam to be a number, or floating of shape () or ({N},), but got {lam.dtype} of shape "
             f"{tuple(lam.shape)}"
@@ -43,6 +43,14 @@ def check(name: str, x: Tensor, target: Any, lam: Tensor | float, perm: Tensor) 
         got = f"shape {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
         raise RuntimeError(f"{name}: expected a target for each of the {N} samples, but got {got}")
     return lam.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def uniform(
+    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """In [0, 1), on the device of `like`. torch.compile takes no dynamic shape beside a generator, not even None."""
+    given = {} if generator is None else {"generator": generator}
+    return torch.rand(shape, dtype=dtype, device=like.device, **given)
 
 
 def check_values(name: str, lam: Tensor | None, perm: Tensor) -> None:
@@ -73,7 +81,7 @@ def unmixed(target: Tensor, x: Tensor) -> Any:
 def check_in_place(name: str, x: Tensor) -> None:
     """What torch refuses, before anything is written."""
     if x.requires_grad and torch.is_grad_enabled():
-        base = x._base if x._is_view() else x
+        base = x._base if not torch.compiler.is_compiling() and x._is_view() else x
         if base is not None and base.is_leaf and base.requires_grad:
             kind = "leaf Variable" if base is x else "view of a leaf Variable"
             raise RuntimeError(f"a {kind} that requires grad is being used in an in-place operation.")
@@ -128,7 +136,7 @@ class Mixing(torch.nn.Module):
         if self.fold:
             lam = torch.maximum(lam, 1 - lam)
         if self.prob < 1:
-            mixes = torch.rand(shape, device=x.device, generator=self.generator) < self.prob
+            mixes = uniform(shape, x, self.generator) < self.prob
             lam = torch.where(mixes, lam, 1.0)
         return lam
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming, wants_grad
+from fusedtricks._op import Op, apply, differentiating, transforming, wants_grad
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _batch_norm as bn
 from fusedtricks.ops._norm import accumulate_dtype, laid_out_like
@@ -278,7 +278,7 @@ def _run(
     apart = training and torch.compiler.is_compiling()
     settings = (NO_BUFFERS if apart else buffers, *settings[1:])
     if wanted:
-        y = _BatchNorm.apply(input, residual, weight, bias, settings, apart)
+        y = apply(_BatchNorm, input, residual, weight, bias, settings, apart)
         if apart:
             y, stats = y
     else:

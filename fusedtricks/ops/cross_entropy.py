@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming
+from fusedtricks._op import Op, apply, differentiating, transforming
 from fusedtricks.ops import _loss
 from fusedtricks.ops._loss import Options, Target
 from fusedtricks.ops._norm import FLOATS, accumulate_dtype, laid_out_like
@@ -444,7 +444,7 @@ def _run(
         early = (
             not (compiling or inplace or need_lse) and logits.requires_grad and o.reduction != 0 and _one_pass(logits)
         )
-        loss, lse, rank = _CrossEntropy.apply(logits, *t, weight, o, early, inplace, need_lse, bool(topk))
+        loss, lse, rank = apply(_CrossEntropy, logits, *t, weight, o, early, inplace, need_lse, bool(topk))
     else:
         loss, stats, _, _, rank = cross_entropy_fwd(logits, *t, weight, *o, False, bool(topk))
         lse = log_sum_exp(stats).reshape(logits.shape[:-1]) if need_lse else None

@@ -92,7 +92,7 @@ def draw_box(lam: Tensor, H: int, W: int, generator: torch.Generator | None = No
     Source: Yun et al. 2019, equation 2 and algorithm 1: sides H sqrt(1 - lam) and W sqrt(1 - lam).
     """
     side = (1 - lam.reshape(-1).double()).clamp(0, 1).sqrt()
-    centre = torch.rand((2, side.numel()), dtype=torch.float64, device=lam.device, generator=generator)
+    centre = _mixing.uniform((2, side.numel()), lam, generator, torch.float64)
     edges = []
     for of, size in zip(centre, (H, W), strict=True):
         middle, half = (of * size).long(), (side * size).long() // 2
@@ -140,7 +140,8 @@ def boxes(x: Tensor, lam: Tensor, box: Tensor | None, generator: torch.Generator
     H, W = x.shape[-2:]
     if box is None:
         return draw_box(lam, H, W, generator)
-    if box.shape not in ((4,), (x.shape[0], 4)) or box.dtype != torch.int64 or box.device != x.device:
+    fits = box.shape == (4,) or box.shape == (x.shape[0], 4)  # torch.compile finds no dynamic shape in a tuple of them
+    if not fits or box.dtype != torch.int64 or box.device != x.device:
         raise RuntimeError(
             f"cutmix: expected box to be int64 of shape (4,) or ({x.shape[0]}, 4) on {x.device}, but got {box.dtype} "
             f"of shape {tuple(box.shape)} on {box.device}"

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming
+from fusedtricks._op import Op, apply, differentiating, transforming
 from fusedtricks.ops import _loss
 from fusedtricks.ops import cross_entropy as ce
 from fusedtricks.ops._loss import Target
@@ -301,7 +301,7 @@ def _run(
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
         return distillation_fwd(*given, *o, False)[0]
     early = not torch.compiler.is_compiling() and student.requires_grad and o.reduction != 0 and ce._one_pass(student)
-    return _Distillation.apply(*given, o, early)
+    return apply(_Distillation, *given, o, early)
 
 
 def _check(student: Any, teacher: Any, temperature: float, reduction: str, label_smoothing: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming
+from fusedtricks._op import Op, apply, differentiating, transforming
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm, layer_norm, rms_norm
 from fusedtricks.ops._philox import DRAW, Seed, drawn, new_seed
@@ -167,7 +167,7 @@ def run(
         return y, z
     tensors = (x, residual, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _DropoutAddLayerNorm.apply(x, residual, *args)
+        return apply(_DropoutAddLayerNorm, x, residual, *args)
     y, z, _ = forward(x, residual, *args)
     strides = _norm.strides_like(x)
     return _norm.laid_out(y, strides), _norm.laid_out(z, strides)

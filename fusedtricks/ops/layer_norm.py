@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming, wants_grad
+from fusedtricks._op import Op, apply, differentiating, transforming, wants_grad
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm
 
@@ -143,7 +143,7 @@ def layer_norm(
         return layer_norm_fwd.implementation("reference")(input, weight, bias, eps, dims)[0]
     if not wants_grad(input, weight, bias):
         return layer_norm_fwd(input, weight, bias, eps, dims)[0]
-    return _LayerNorm.apply(input, weight, bias, eps, dims)
+    return apply(_LayerNorm, input, weight, bias, eps, dims)
 
 
 class LayerNorm(torch.nn.LayerNorm):

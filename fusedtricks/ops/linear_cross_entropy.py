@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import differentiating, transforming
+from fusedtricks._op import apply, differentiating, transforming
 from fusedtricks.ops import _loss
 from fusedtricks.ops import cross_entropy as ce
 from fusedtricks.ops._loss import Options, Target
@@ -289,5 +289,5 @@ def linear_cross_entropy(
                 torch.is_grad_enabled() and v is not None and v.requires_grad
                 for v in (flat, weight, bias, t.first, t.lam)
             )
-            loss = _LinearCrossEntropy.apply(flat, weight, bias, *t, class_weight, o, chunk, need)
+            loss = apply(_LinearCrossEntropy, flat, weight, bias, *t, class_weight, o, chunk, need)
     return loss.reshape(x.shape[:-1]) if o.reduction == 0 else loss

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming, wants_grad
+from fusedtricks._op import Op, apply, differentiating, transforming, wants_grad
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm
 
@@ -119,7 +119,7 @@ def rms_norm(
         return rms_norm_fwd.implementation("reference")(input, weight, eps, dims)[0]
     if not wants_grad(input, weight):
         return rms_norm_fwd(input, weight, eps, dims)[0]
-    return _RMSNorm.apply(input, weight, eps, dims)
+    return apply(_RMSNorm, input, weight, eps, dims)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming
+from fusedtricks._op import Op, apply, differentiating, transforming
 from fusedtricks.ops import _mixing, _norm
 
 # y = alpha x1 + (1 - alpha) x2; dx1 = beta dy, dx2 = (1 - beta) dy. alpha and beta have one element or one for each
@@ -36,8 +36,7 @@ def _(dy: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw(x: Tensor, per_sample: bool, generator: torch.Generator | None = None) -> Tensor:
     """Uniform in [0, 1), one or one for each sample."""
-    dtype = _norm.accumulate_dtype(x.dtype)
-    return torch.rand(x.shape[0] if per_sample else 1, dtype=dtype, device=x.device, generator=generator)
+    return _mixing.uniform((x.shape[0] if per_sample else 1,), x, generator, _norm.accumulate_dtype(x.dtype))
 
 
 class _ShakeShake(torch.autograd.Function):
@@ -83,7 +82,7 @@ def run(
         y = shake(x1, x2, beta)
         return (y + (shake(x1, x2, alpha) - y).detach()).to(x1.dtype)
     if torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad):
-        return _ShakeShake.apply(x1, x2, alpha, beta, generator)
+        return apply(_ShakeShake, x1, x2, alpha, beta, generator)
     return shake_shake_fwd(x1, x2, alpha)
 
 

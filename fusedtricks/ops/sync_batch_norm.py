@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedtricks._op import differentiating
+from fusedtricks._op import apply, differentiating
 from fusedtricks.ops import _batch_norm as bn
 from fusedtricks.ops.batch_norm import (
     NO_BUFFERS,
@@ -142,7 +142,7 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         weight, bias = self.weight, self.bias
         if weight is not None and bias is not None and weight.dtype != bias.dtype:
             weight, bias = (p.to(bn.accumulate_dtype(input.dtype)) for p in (weight, bias))
-        y, stats, total = _SyncBatchNorm.apply(input, weight, bias, self.eps, group.group_name)
+        y, stats, total = apply(_SyncBatchNorm, input, weight, bias, self.eps, group.group_name)
         bn.track(stats, total, *buffers, self.momentum)
         return y
 
