@@ -219,6 +219,16 @@ def _seen(args: tuple[Any, ...]) -> list[Any]:
     return found
 
 
+# The vmap that torch.autograd.grad(is_grads_batched=True) runs a backward under, older than torch.func's.
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
+
+def readable(t: torch.Tensor) -> bool:
+    """May the host look at a value of `t`? Not of a fake tensor, nor under vmap or where operations are traced."""
+    plain = type(t) is torch.Tensor and not transforming() and torch._C._len_torch_dispatch_stack() == 0
+    return plain and not torch._C._dispatch_keys(t).has(_BATCHED)
+
+
 def differentiating() -> bool:
     """True in a backward that must itself be differentiable (`create_graph=True`)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -11,6 +11,7 @@ from cases import CASES, Case
 from parity import LAYOUTS, Guarded
 from sweep import INTERPRETED, cast, forward_backward, functions_alone, outputs, subsets
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusedtricks import MixedTarget
 from fusedtricks import functional as F
@@ -226,6 +227,30 @@ def test_compile_in_place(name: str) -> None:
         y = f(x)
         found.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "modules"])
+def test_gradients_of_a_batch_of_gradients(name: str) -> None:
+    """vmap over the backward alone, as torch.autograd.functional.jacobian(vectorize=True) has it."""
+    x = torch.linspace(-1, 2, 48).sin().reshape(8, 6).requires_grad_()
+    y = CALLS[name](x, LABELS)
+    dys = torch.linspace(-1, 1, 3 * y.numel()).reshape(3, *y.shape)
+    (together,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys]
+    torch.testing.assert_close(together, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("name", ["layer_norm", "batch_norm", "cross_entropy", "linear_cross_entropy", "distillation"])
+def test_a_step_is_traced_by_make_fx(name: str, mode: str) -> None:
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y = CALLS[name](x, labels)
+        return torch.autograd.grad(y.square().sum(), x)[0]
+
+    x = torch.linspace(-1, 2, 48).sin().reshape(8, 6)
+    graph = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(x, LABELS)
+    torch.testing.assert_close(graph(2 * x, LABELS.flip(0)), step(2 * x, LABELS.flip(0)))
 
 
 @pytest.mark.parametrize("stem", NORMS)

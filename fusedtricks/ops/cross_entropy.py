@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, apply, differentiating, transforming
+from fusedtricks._op import Op, apply, differentiating, readable, transforming
 from fusedtricks.ops import _loss
 from fusedtricks.ops._loss import Options, Target
 from fusedtricks.ops._norm import FLOATS, accumulate_dtype, laid_out_like
@@ -296,7 +296,9 @@ class _CrossEntropy(torch.autograd.Function):
             # Handed out once, so that it can become .grad without a copy. A further backward makes it again: same bits.
             made, ctx.dlogits = ctx.dlogits, None
             dlogits = cross_entropy_bwd(torch.ones_like(dloss), None, logits, *args) if made is None else made
-            if dloss != 1:
+            if not readable(dloss):
+                dlogits = dlogits * dloss
+            elif dloss != 1:
                 dlogits.mul_(dloss)
         elif need[0]:
             if ctx.inplace:

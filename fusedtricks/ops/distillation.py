@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, apply, differentiating, transforming
+from fusedtricks._op import Op, apply, differentiating, readable, transforming
 from fusedtricks.ops import _loss
 from fusedtricks.ops import cross_entropy as ce
 from fusedtricks.ops._loss import Target
@@ -267,7 +267,9 @@ class _Distillation(torch.autograd.Function):
             # Handed out once, so that it can become .grad without a copy. A further backward makes it again: same bits.
             made, ctx.dstudent = ctx.dstudent, None
             dstudent = distillation_bwd(torch.ones_like(dloss), *args) if made is None else made
-            if dloss != 1:
+            if not readable(dloss):
+                dstudent = dstudent * dloss
+            elif dloss != 1:
                 dstudent.mul_(dloss)
         elif need[0]:
             dstudent = distillation_bwd(dloss, *args)
