@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -93,3 +94,25 @@ def test_zero_init_residual() -> None:
     for wrong in (torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(3, affine=False)):
         with pytest.raises(ValueError, match="that has a weight"):
             fusedtricks.recipes.zero_init_residual([wrong])
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, that what checks look at is constant in a trace
+@pytest.mark.parametrize("training", [False, True])
+def test_jit_traces_hold_torch_s_operators(training: bool) -> None:
+    """Which a trace can be saved with, and which other runtimes know."""
+    plain = model()[:3].train(training)
+    ours = copy.deepcopy(plain)
+    fusedtricks.swap(ours, verbose=False)
+    ours.append(nn.BatchNormAct2d(4).train(training))
+    plain.extend([torch.nn.BatchNorm2d(4).train(training), torch.nn.ReLU()])
+    x = torch.randn(4, 3, 8, 8)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(ours, x, check_trace=False), file)
+    file.seek(0)
+    traced = torch.jit.load(file)
+    assert not [node for node in traced.inlined_graph.nodes() if "fusedtricks" in node.kind()]
+    if training:
+        plain(x)  # as the tracing itself has
+        plain[1].momentum = 1.0  # which a trace holds as the number that it was
+    torch.testing.assert_close(traced(x[:3]), plain(x[:3]))
+    torch.testing.assert_close(list(traced.buffers()), list(plain.buffers()))

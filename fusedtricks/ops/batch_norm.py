@@ -268,6 +268,8 @@ def _run(
     arguments = _arguments(input, residual, weight, bias, *settings, need_mask)
     if (y := recorded(_nodes[training, known], *arguments)) is not None:
         return y
+    if torch.jit.is_tracing():  # torch's own is what other runtimes know
+        return _traced(input, residual, weight, bias, *settings)
     if transforming():
         stats = bn.statistics(input, eps) if training else bn.given_statistics(input, buffers[0], None, buffers[1], eps)
         y = bn.activate(bn.preactivation(input, residual, weight, bias, stats), activation, slope)
@@ -288,6 +290,27 @@ def _run(
     elif training and buffers[0] is not None:
         torch.autograd.graph.increment_version([b for b in buffers if b is not None])
     return y
+
+
+def _traced(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    buffers: tuple[Tensor | None, ...],
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> Tensor:
+    running_mean, running_var, counter = buffers
+    if counter is not None:
+        counter.add_(1)
+    if momentum is None:
+        momentum = 0.0 if counter is None else 1.0 / float(counter)
+    z = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return bn.activate(z if residual is None else z + residual, activation, slope)
 
 
 def batch_norm(
