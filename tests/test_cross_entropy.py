@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -292,6 +293,10 @@ def test_dtype_of_the_loss() -> None:
     torch.testing.assert_close(cross_entropy(x, y, out_dtype=torch.float32), F.cross_entropy(x.float(), y))
     with torch.autocast("cpu", torch.bfloat16):
         assert cross_entropy(x, y).dtype == F.cross_entropy(x, y).dtype
+    floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    for kind, of_target in itertools.product(floats, floats):
+        x, p = torch.randn(5, 9).to(kind), torch.rand(5, 9).to(of_target)
+        assert cross_entropy(x, p).dtype == F.cross_entropy(x, p).dtype
 
 
 # ---- traps -----------------------------------------------------------------------------------------------------------

@@ -134,10 +134,13 @@ def labels_or_probabilities(op: str, input: Tensor, target: Tensor, call_torch: 
     return Target(class_last(target) if probabilities else target, None, None)
 
 
-def output_dtype(input: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """What torch returns: the input's dtype, and fp32 for 16-bit input under autocast."""
+def output_dtype(input: Tensor, wanted: torch.dtype | None, target: Tensor | None = None) -> torch.dtype:
+    """What torch returns: the input's dtype, with probabilities the wider of both, and fp32 for 16-bit input under
+    autocast."""
     if wanted is not None:
         return wanted
+    if target is not None and target.is_floating_point() and target.dtype != input.dtype:
+        return torch.promote_types(input.dtype, target.dtype)
     if input.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(input.device.type):
         return torch.float32
     return input.dtype

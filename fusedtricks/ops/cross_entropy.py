@@ -376,7 +376,8 @@ def cross_entropy(
         return_lse: also return the log-sum-exp of each sample, differentiable, fp32 (fp64 for fp64).
         topk: also return, for each k given, how many samples have their label among the k largest logits: (len(topk),)
             int64, for pairs weighted by lam and so fp32 or fp64.
-        out_dtype: dtype of the loss; by default torch's, the input's own. Arithmetic is fp32 (fp64 for fp64) anyway.
+        out_dtype: dtype of the loss; by default torch's: the input's own, or the wider of it and of probabilities.
+            Arithmetic is fp32 (fp64 for fp64) anyway.
         inplace_backward: backward writes the gradient over the logits, saving a tensor of their size. Nobody else may
             need them then: their version is bumped, so that autograd notices, and a second backward raises.
             Has no effect under torch.compile or with `create_graph=True`.
@@ -424,7 +425,7 @@ def cross_entropy(
     on, off = _loss.smoothing(smoothing_mode, label_smoothing, classes)
     o = Options(ignore_index, on, off, z_loss, softcap or 0.0, 1.0 / temperature, _loss.REDUCTIONS[reduction])
     loss, lse, correct = _run(_loss.class_last(input), t, weight, o, return_lse, tuple(topk), inplace_backward)
-    loss = loss.to(_loss.output_dtype(input, out_dtype))
+    loss = loss.to(_loss.output_dtype(input, out_dtype, t.first))
     if not return_lse and not topk:
         return loss
     return tuple(x for x in (loss, lse, correct) if x is not None)
