@@ -15,6 +15,8 @@ from sweep import DTYPES, INTERPRETED, Target, forced, targets
 from torch import Tensor
 from torch.testing._internal import common_methods_invocations, common_modules
 
+import fusedtricks
+
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the public surface does not depend on the interpreter")
 
 NORMS = {stem: case for stem, case in CASES.items() if case.family == "norm"}
@@ -315,3 +317,20 @@ def test_every_target_on_a_tensor_with_many_batch_dimensions(case: Case) -> None
     for target in targets(case) or [Target("cpu", "reference")]:
         with forced(target):
             close(case.fn(x.to(target.device), (8,)).cpu(), case.torch_fn(x, (8,)))
+
+
+def test_nested_tensors_are_torch_s() -> None:
+    """Rows of several lengths, as attention without padding has them."""
+    rows = [torch.randn(2, 6), torch.randn(5, 6)]
+    theirs = torch.nn.Sequential(torch.nn.LayerNorm(6), torch.nn.RMSNorm(6), torch.nn.Dropout(1.0), torch.nn.Dropout())
+    ours = copy.deepcopy(theirs)
+    fusedtricks.swap(ours, verbose=False)
+    found = []
+    for model in (ours, theirs):
+        x = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+        y = model[:2](x)
+        y.values().square().sum().backward()
+        found.append([y.values(), x.grad.values(), *(p.grad for p in model[:2].parameters())])
+        assert not model[2](y).values().any()
+        assert model[3](y).values().count_nonzero() < y.values().numel()
+    torch.testing.assert_close(*found)

@@ -102,6 +102,8 @@ def _dropout(
         if input.is_complex():
             return torch.nn.functional.dropout(input, p, training, inplace)
         raise RuntimeError(f"dropout: expected an input of a floating dtype, but got {input.dtype}")
+    if input.is_nested:
+        return torch.nn.functional.dropout(input, p, training, inplace)
     if inplace:
         check_in_place("dropout", input)
     if p == 1:

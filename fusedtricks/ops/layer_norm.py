@@ -139,7 +139,7 @@ def layer_norm(
         weight, bias = (p.to(_norm.accumulate_dtype(input.dtype)) for p in (weight, bias))
     if (y := recorded(_node, input, weight, bias, eps, dims)) is not None:
         return y
-    if torch.jit.is_tracing():  # torch's own is what other runtimes know
+    if torch.jit.is_tracing() or input.is_nested:  # traces are for other runtimes, which know torch's own
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
     if transforming():
         return layer_norm_fwd.implementation("reference")(input, weight, bias, eps, dims)[0]

@@ -115,7 +115,7 @@ def rms_norm(
         eps = torch.finfo(_norm.accumulate_dtype(input.dtype)).eps
     if (y := recorded(_node, input, weight, eps, dims)) is not None:
         return y
-    if torch.jit.is_tracing():  # torch's own is what other runtimes know
+    if torch.jit.is_tracing() or input.is_nested:  # traces are for other runtimes, which know torch's own
         return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
     if transforming():
         return rms_norm_fwd.implementation("reference")(input, weight, eps, dims)[0]
