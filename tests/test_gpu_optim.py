@@ -98,6 +98,20 @@ def results(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t.detach().clone() for t in (*params, *states)]
 
 
+def warm_up(captured: Any, ours: list[Any], eager: Any, theirs: list[Any]) -> None:
+    """Three steps of both with the same gradients, those that a capture follows on a stream beside."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(3):
+            set_grads(ours, i)
+            captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    for i in range(3):
+        set_grads(theirs, i)
+        eager.step()
+
+
 @each_stem
 @each_backend
 def test_graphs_obey_changed_hyperparameters(stem: str, backend: str) -> None:
@@ -107,16 +121,7 @@ def test_graphs_obey_changed_hyperparameters(stem: str, backend: str) -> None:
     with fusedtricks.backend(backend):
         options = {"max_grad_norm": 1.0, "ema_decay": 0.9, **capturable(stem)}
         captured, eager = (make(stem, p, lr=0.01, **options) for p in (ours, theirs))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(3):
-                set_grads(ours, i)
-                captured.step()
-        torch.cuda.current_stream().wait_stream(side)
-        for i in range(3):
-            set_grads(theirs, i)
-            eager.step()
+        warm_up(captured, ours, eager, theirs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured.step()
@@ -182,16 +187,7 @@ def test_graphs_and_eager_steps_in_turn(stem: str, backend: str) -> None:
     ours, theirs = parameters(), parameters()
     with fusedtricks.backend(backend):
         captured, eager = (make(stem, p, lr=0.01, **capturable(stem)) for p in (ours, theirs))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(3):
-                set_grads(ours, i)
-                captured.step()
-        torch.cuda.current_stream().wait_stream(side)
-        for i in range(3):
-            set_grads(theirs, i)
-            eager.step()
+        warm_up(captured, ours, eager, theirs)
         of_graph, others = [p.grad for p in ours], [torch.empty_like(p) for p in ours]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

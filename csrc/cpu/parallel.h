@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include "result.h"
 #include "torch_api.h"
@@ -26,19 +26,19 @@ class Pieces {
     int64_t first, count;
   };
 
-  Pieces(std::vector<Share>& shares, size_t own, int64_t size, int64_t items, bool last_first)
-      : shares_(shares), share_(own), size_(size), items_(items), last_first_(last_first) {}
+  Pieces(Share* shares, int64_t threads, int64_t own, int64_t size, int64_t items, bool last_first)
+      : shares_(shares), threads_(threads), share_(own), size_(size), items_(items), last_first_(last_first) {}
 
   // f(begin, end) for piece after piece, until none is left.
   template <class F>
   void each(const F& f) {
-    for (size_t visited = 0; visited < shares_.size(); ++visited) {
+    for (int64_t visited = 0; visited < threads_; ++visited) {
       auto& share = shares_[share_];
       for (int64_t i; (i = share.taken.fetch_add(1, std::memory_order_relaxed)) < share.count;) {
         const int64_t begin = place(i) * size_;
         f(begin, std::min(begin + size_, items_));
       }
-      if (++share_ == shares_.size()) share_ = 0;
+      if (++share_ == threads_) share_ = 0;
     }
   }
 
@@ -55,9 +55,8 @@ class Pieces {
     return share.first + (last_first_ ? share.count - 1 - i : i);
   }
 
-  std::vector<Share>& shares_;
-  size_t share_;
-  int64_t size_, items_;
+  Share* shares_;
+  int64_t threads_, share_, size_, items_;
   bool last_first_;
 };
 
@@ -74,15 +73,17 @@ void parallel_pieces(int64_t count, int64_t cost, const F& f, bool last_first = 
   int64_t size = std::min(items(kPiece), std::max<int64_t>((count + threads - 1) / threads, 1));
   if (size > 16) size = (size + 15) / 16 * 16;  // so many rows, or fewer, are worked on together
   const int64_t pieces = (count + size - 1) / size;
-  std::vector<Pieces::Share> shares(static_cast<size_t>(threads));
+  Pieces::Share one;  // small calls allocate nothing
+  const std::unique_ptr<Pieces::Share[]> several(threads > 1 ? new Pieces::Share[static_cast<size_t>(threads)]
+                                                             : nullptr);
+  Pieces::Share* shares = threads > 1 ? several.get() : &one;
   for (int64_t t = 0; t < threads; ++t) {
-    auto& share = shares[static_cast<size_t>(t)];
-    share.first = pieces * t / threads;
-    share.count = pieces * (t + 1) / threads - share.first;
+    shares[t].first = pieces * t / threads;
+    shares[t].count = pieces * (t + 1) / threads - shares[t].first;
   }
   auto run = [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      Pieces mine(shares, static_cast<size_t>(t), size, count, last_first);
+      Pieces mine(shares, threads, t, size, count, last_first);
       f(mine);
     }
   };

@@ -269,7 +269,8 @@ def _run(
     if (y := recorded(_nodes[training, known], *arguments)) is not None:
         return y
     if torch.jit.is_tracing():  # torch's own is what other runtimes know
-        return _traced(input, residual, weight, bias, *settings)
+        z = _traced(input, weight, bias, buffers, training, momentum, eps)
+        return bn.activate(z if residual is None else z + residual, activation, slope)
     if transforming():
         stats = bn.statistics(input, eps) if training else bn.given_statistics(input, buffers[0], None, buffers[1], eps)
         y = bn.activate(bn.preactivation(input, residual, weight, bias, stats), activation, slope)
@@ -292,25 +293,14 @@ def _run(
     return y
 
 
-def _traced(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    buffers: tuple[Tensor | None, ...],
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: int,
-    slope: float,
-) -> Tensor:
+def _traced(x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: tuple[Tensor | None, ...], training: bool,
+            momentum: float | None, eps: float) -> Tensor:  # fmt: skip
     running_mean, running_var, counter = buffers
     if counter is not None:
         counter.add_(1)
     if momentum is None:
         momentum = 0.0 if counter is None else 1.0 / float(counter)
-    z = torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return bn.activate(z if residual is None else z + residual, activation, slope)
+    return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def batch_norm(
