@@ -305,7 +305,17 @@ def test_no_host_synchronisation_with_a_cumulative_average() -> None:
 
 def test_masks_of_every_back_end_are_the_same() -> None:
     op = Op.registry["batch_norm_fwd"]
-    for size in ((4, 6, 5, 7), (3, 24, 2, 2), (65, 3), (5, 8, 33, 1), (2, 1, 7, 5)):
+    sizes = (
+        (4, 6, 5, 7),
+        (3, 24, 2, 2),
+        (65, 3),
+        (5, 8, 33, 1),
+        (2, 1, 7, 5),
+        (3, 37, 7, 7),
+        (2, 131, 17),
+        (3, 70, 14, 14),
+    )
+    for size in sizes:
         for layout in ("plain", "transposed"):
             x, residual = (Guarded(torch.randn(size), layout).tensor for _ in range(2))
             args = (x, residual, None, None, None, None, None, None, 1e-5, 1, 0.0, True, True)

@@ -108,12 +108,10 @@ struct Pointer {
   int64_t outer = 0, channel = 0;
 };
 
-// May short planes be read as columns? Where a sample's are neighbours in memory. Planes of a mask begin at whole
-// bytes.
+// Do runs of neighbouring channels follow one another in memory, in all that is read?
 template <class T>
-bool as_columns(const Channels& s, Mode mode, std::initializer_list<Pointer<T>> read) {
-  auto neighbours = [&](const Pointer<T>& p) { return !p.data || p.channel == s.inner; };
-  return s.inner < Groups::kShort && mode != kMasked && std::all_of(read.begin(), read.end(), neighbours);
+bool neighbours(const Channels& s, std::initializer_list<Pointer<T>> read) {
+  return std::all_of(read.begin(), read.end(), [&](auto& p) { return !p.data || p.channel == s.inner; });
 }
 
 // Every tensor of a call, walkable. In rows `outer` is the distance of two rows.
@@ -256,14 +254,17 @@ struct Forward {
   }
 
   void planes(const Tensor& where) {
-    const bool columns = as_columns(s, mode, {x, residual}), in_order = !measured && !columns;
+    const bool linear = neighbours(s, {x, residual});
+    const bool columns = linear && s.inner < Groups::kShort && mode != kMasked;
+    const bool in_order = !measured && !columns;
     const Planes cut(s, in_order);
+    const bool across = linear && !columns && s.inner < Groups::kAcross && s.inner % kLanes<A> != 0;
     const Groups groups(s, sizeof(T) * (residual.data ? 2 : 1), columns, in_order);
     const Arrays<A> values(3, s.channels, where);
     const Arrays<A> parts(4, s.channels * cut.chunks, where);
     auto* sums = reinterpret_cast<ShiftedSums<A>*>(parts[0]);
-    const int64_t run = groups.as_columns ? s.channels * s.inner : s.inner;
-    const bool streaming = past_caches<T>(s, run, mode != kMasked && !groups.as_columns, {y});
+    const int64_t run = columns || across ? s.channels * s.inner : s.inner;
+    const bool streaming = past_caches<T>(s, run, across || (mode != kMasked && !columns), {y});
     const Flags flags{streaming, residual.data != nullptr};
     auto measure_chunk = [&](int64_t group, int64_t i) {
       const auto at = cut.chunk(s, i);
@@ -284,7 +285,7 @@ struct Forward {
       run.x = x.data + r * x.outer + c * x.channel + begin;
       run.y = y + (r * s.channels + c) * s.inner + begin;
       if (residual.data) run.residual = residual.data + r * residual.outer + c * residual.channel + begin;
-      if (bits) run.bits = bits + (r * s.channels + c) * row_bytes + begin / 8;
+      if (bits) run.bits.row = bits + (r * s.channels + c) * row_bytes + begin / 8;
       return run;
     };
     auto write_chunk = [&]<Mode M>(int64_t group, int64_t i, int64_t ahead) {
@@ -299,6 +300,19 @@ struct Forward {
           });
         }
         for (int64_t r = at.run; r < at.run + at.runs; ++r) {
+          if (across) {
+            auto run = run_at(r, first, 0);
+            const int64_t head = unaligned_head(run.y);
+            NeighbourBits<A, Groups::kTogether> bits(run.bits.row, row_bytes, end - first, s.inner, head);
+            run.bits = bits.together();
+            const auto step = [&](int64_t j, auto lanes, const auto& k) __attribute__((always_inline)) {
+              next.fetch(run, j, flags);
+              forward_step<M>(run, j, lanes, k, shape, flags);
+            };
+            over_neighbours<kShift + 1, much(M) ? 1 : 4, A>(end - first, s.inner, head, values, first, step);
+            if (M == kMasked) bits.scatter();
+            continue;
+          }
           for (int64_t c = first; c < end; ++c) {
             const auto run = run_at(r, c, at.begin);
             const auto k = of_channel<kShift + 1, A>(values, c);
@@ -340,7 +354,7 @@ struct Forward {
       run.x = x.data + row * x.outer;
       run.y = y + row * cut.width;
       if (residual.data) run.residual = residual.data + row * residual.outer;
-      if (bits) run.bits = bits + row * cut.width / 8;
+      if (bits) run.bits.row = bits + row * cut.width / 8;
       return run;
     };
     with_mode(mode, [&]<Mode M>() {
@@ -481,12 +495,15 @@ struct Backward {
   }
 
   void planes(const Tensor& where) {
-    const bool columns = as_columns(s, mode, {x, dy, residual}), in_order = !summed && !columns;
+    const bool linear = neighbours(s, {x, dy, residual});
+    const bool columns = linear && s.inner < Groups::kShort && mode != kMasked;
+    const bool in_order = !summed && !columns;
     const Planes cut(s, in_order);
+    const bool across = linear && !columns && s.inner < Groups::kAcross && s.inner % kLanes<A> != 0;
     const Groups groups(s, sizeof(T) * (residual.data ? 3 : 2), columns, in_order);
     const Arrays<A> values(kValues, s.channels, where), parts(2, s.channels * cut.chunks, where);
-    const int64_t run = groups.as_columns ? s.channels * s.inner : s.inner;
-    const bool streaming = past_caches<T>(s, run, mode != kMasked && !groups.as_columns, {dx, dresidual});
+    const int64_t run = columns || across ? s.channels * s.inner : s.inner;
+    const bool streaming = past_caches<T>(s, run, across || (mode != kMasked && !columns), {dx, dresidual});
     const Flags flags{streaming, residual.data != nullptr, training, dx != nullptr, dresidual != nullptr};
     const int64_t row_bytes = (s.inner + 7) / 8;
     auto run_at = [&](int64_t r, int64_t c, int64_t begin) {
@@ -497,7 +514,7 @@ struct Backward {
       if (residual.data) run.residual = residual.data + r * residual.outer + c * residual.channel + begin;
       if (dx) run.dx = dx + at;
       if (dresidual) run.dresidual = dresidual + at;
-      if (bits) run.bits = const_cast<uint8_t*>(bits) + (r * s.channels + c) * row_bytes + begin / 8;
+      if (bits) run.bits.row = const_cast<uint8_t*>(bits) + (r * s.channels + c) * row_bytes + begin / 8;
       return run;
     };
     const std::array<int64_t, 4> outer{x.outer, dy.outer, residual.outer, s.channels * row_bytes};
@@ -530,6 +547,19 @@ struct Backward {
           });
         }
         for (int64_t r = at.run; r < at.run + at.runs; ++r) {
+          if (across) {
+            auto run = run_at(r, first, 0);
+            const int64_t head = unaligned_head(flags.dx ? run.dx : run.dresidual);
+            NeighbourBits<A, Groups::kTogether> bits(run.bits.row, row_bytes, end - first, s.inner, head);
+            run.bits = bits.together();
+            if (M == kMasked) bits.gather();
+            const auto step = [&](int64_t j, auto lanes, const auto& k) __attribute__((always_inline)) {
+              next.fetch(run, j, flags);
+              backward_step<M>(run, j, lanes, k, shape, flags);
+            };
+            over_neighbours<kSlope + 1, much(M) ? 1 : 2, A>(end - first, s.inner, head, values, first, step);
+            continue;
+          }
           for (int64_t c = first; c < end; ++c) {
             const auto run = run_at(r, c, at.begin);
             const auto k = of_channel<kValues, A>(values, c);
@@ -562,7 +592,7 @@ struct Backward {
       if (residual.data) run.residual = residual.data + row * residual.outer;
       if (dx) run.dx = dx + row * cut.width;
       if (dresidual) run.dresidual = dresidual + row * cut.width;
-      if (bits) run.bits = const_cast<uint8_t*>(bits) + row * cut.width / 8;
+      if (bits) run.bits.row = const_cast<uint8_t*>(bits) + row * cut.width / 8;
       return run;
     };
     with_mode(mode, [&]<Mode M>() {

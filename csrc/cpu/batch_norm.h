@@ -141,6 +141,8 @@ struct Groups {
   static constexpr int64_t kMost = 32;
   static constexpr int64_t kBytes = 2 << 20;  // a thread's share of the caches, for all that a group reads
   static constexpr int64_t kShort = 64, kColumns = 1024;
+  static constexpr int64_t kAcross = 2048;               // shorter runs are worth registers across their ends,
+  static constexpr int64_t kTogether = kMost * kAcross;  // of so many elements at most
   int64_t channels, unit, count;
   bool occupy_threads, as_columns;
 
@@ -310,6 +312,36 @@ inline __attribute__((always_inline)) Constants<N, A> of_columns(const V& values
   return k;
 }
 
+// f(j, lanes, constants) over a run of each of `channels` channels, which follow one another in memory: first `head`
+// elements, then whole registers, of which some hold elements of two runs. j counts from the first; the constants of
+// run c are values[i][first + c]. Runs are no shorter than a register.
+template <int N, int Unroll, class A, class V, class F>
+inline __attribute__((always_inline)) void over_neighbours(int64_t channels, int64_t length, int64_t head,
+                                                           const V& values, int64_t first, const F& f) {
+  constexpr int L = kLanes<A>;
+  auto k = of_channel<N, A>(values, first);
+  int64_t j = head;
+  if (head > 0) f(int64_t{0}, Tail{static_cast<int>(head)}, k);
+  for (int64_t c = 1; c <= channels; ++c) {
+    const int64_t end = c * length, whole = j + (end - j) / L * L;
+    sweep<A, Unroll>(j, whole, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) { f(i, lanes, k); });
+    const Tail rest{static_cast<int>(end - whole)};
+    j = whole;
+    if (c == channels) {
+      if (rest.n > 0) f(j, rest, k);
+      return;
+    }
+    const auto next = of_channel<N, A>(values, first + c);
+    if (rest.n > 0) {
+      Constants<N, A> shared;
+      for (int i = 0; i < N; ++i) shared.value[i] = select<A>(rest, k[i], next[i]);
+      f(j, Full{}, shared);
+      j += L;
+    }
+    k = next;
+  }
+}
+
 // Adds to sums[n][j], for each of `columns` columns, what f(r)(j, lanes, constants, terms) adds to terms[n] over `rows`
 // rows r; values[i][j] are the constants. A few rows at a time are summed before they join the sums.
 template <int N, int Values, bool Much, class A, class V, class F>
@@ -427,24 +459,19 @@ inline Vec<A> activate_backward(Vec<A> g, Vec<A> z, const Shape<A>& shape) {
 
 // ---- one register of elements ---------------------------------------------------------------------------------------
 
-// Where a run begins in each tensor; what is absent is null. `bits` is the byte of its first element.
+// Where a run begins in each tensor; what is absent is null.
 template <class T>
 struct Run {
   const T *x, *residual, *dy;
   T *y, *dx, *dresidual;
-  uint8_t* bits;
+  RunBits bits;
 };
 
-// f(j, lanes) over a run. What is written past the caches begins with whole registers at `p`'s next boundary.
-template <int Unroll, class T, class F, class A = Acc<T>>
+// f(j, lanes) over a run that is stored from `p` on.
+template <int Unroll, class T, class F>
 inline __attribute__((always_inline)) void sweep_run(int64_t length, const T* p, bool past_caches, F&& f) {
-  constexpr int64_t kRegister = kLanes<A> * sizeof(T);
-  int64_t head = 0;
-  if (past_caches) {
-    head = std::min<int64_t>((-reinterpret_cast<uintptr_t>(p) % kRegister) / sizeof(T), length);
-    if (head > 0) f(int64_t{0}, Tail{static_cast<int>(head)});
-  }
-  sweep<A, Unroll>(head, length, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) { f(j, lanes); });
+  const auto element = [&](int64_t j, auto lanes, int) __attribute__((always_inline)) { f(j, lanes); };
+  past_caches ? sweep_stored<true, Unroll>(p, length, element) : sweep_stored<false, Unroll>(p, length, element);
 }
 
 // What a call reads and writes, looked up for every register,
@@ -507,7 +534,7 @@ inline __attribute__((always_inline)) void forward_step(const Run<T>& run, int64
   const ChannelForward<Vec<A>> normalize{c[kMean], c[kScale], c[kShift]};
   auto z = normalize(load(run.x + j, lanes));
   if (flags.residual) z += load(run.residual + j, lanes);
-  if constexpr (M == kMasked) store_bits<A>(run.bits, j, to_bits<A>(~(z <= Vec<A>{})), lanes);
+  if constexpr (M == kMasked) run.bits.template store<A>(j, to_bits<A>(~(z <= Vec<A>{})), lanes);
   put(run.y + j, activate<M, A>(z, shape), lanes, flags.streaming);
 }
 
@@ -517,7 +544,7 @@ inline __attribute__((always_inline)) Vec<A> gradient(const Run<T>& run, int64_t
                                                       const Shape<A>& shape, bool residual) {
   const auto g = load(run.dy + j, lanes);
   if constexpr (M == kPlain) return g;
-  if constexpr (M == kMasked) return load_bits<A>(run.bits, j, lanes) ? g : shape.low(g);
+  if constexpr (M == kMasked) return from_bits<A>(run.bits.template load<A>(j, lanes)) ? g : shape.low(g);
   const ChannelForward<Vec<A>> normalize{c[kMean], c[kScale], c[kShift]};
   auto z = normalize(x);
   if (residual) z += load(run.residual + j, lanes);

@@ -262,7 +262,7 @@ inline __attribute__((always_inline)) void gradient_sums(const At& run_at, const
   auto at = [&](Run<T> run, int64_t r) __attribute__((always_inline)) {
     run.x += r * outer[0], run.dy += r * outer[1];
     if (run.residual) run.residual += r * outer[2];
-    if (M == kMasked) run.bits += r * outer[3];
+    if (M == kMasked) run.bits.row += r * outer[3];
     return run;
   };
   if (M != kMasked && as_columns) {

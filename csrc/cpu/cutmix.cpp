@@ -33,9 +33,8 @@ void dispatch_size(const char* op, const Tensor& x, const F& f) {
 }
 
 template <class T>
-inline T* copy(const T* from, int64_t count, T* to) {
+inline void copy(const T* from, int64_t count, T* to) {
   if (count > 0) std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
-  return to;
 }
 
 Tensor cutmix_fwd(const Tensor& x, const Tensor& perm, const Tensor& box) {
@@ -49,26 +48,31 @@ Tensor cutmix_fwd(const Tensor& x, const Tensor& perm, const Tensor& box) {
     dispatch_size("cutmix_fwd", x, [&]<class T>() {
       const T* source = static_cast<const T*>(from.const_data_ptr());
       T* target = static_cast<T*>(to.mutable_data_ptr());
+      const bool stream = worth_streaming(2 * x.numel() * int64_t{sizeof(T)});
       parallel(images.N * images.planes, images.plane(), [&](int64_t begin, int64_t end) {
+        LineWriter y(target + begin * images.plane(), stream);
+        auto put = [&](const T* p, int64_t count) { y.append(p, count * int64_t{sizeof(T)}); };
         for (int64_t item = begin; item < end; ++item) {
           const int64_t i = item / images.planes, offset = item % images.planes * images.plane();
           const Box b(edges + (box.size(0) == 1 ? 0 : 4 * i), images);
           const T* own = source + i * images.sample() + offset;
           const T* other = source + partner[i] * images.sample() + offset;
-          T* y = target + i * images.sample() + offset;
           const int64_t line = images.line(), left = b.left * images.pixel, right = b.right * images.pixel;
-          copy(own, b.top * line, y);
+          put(own, b.top * line);
           for (int64_t h = b.top; h < b.bottom; ++h) {
-            copy(own + h * line, left, y + h * line);
-            copy(other + h * line + left, right - left, y + h * line + left);
-            copy(own + h * line + right, line - right, y + h * line + right);
+            put(own + h * line, left);
+            put(other + h * line + left, right - left);
+            put(own + h * line + right, line - right);
           }
-          copy(own + b.bottom * line, (images.H - b.bottom) * line, y + b.bottom * line);
+          put(own + b.bottom * line, (images.H - b.bottom) * line);
         }
+        y.finish();
       });
     });
   });
 }
+
+inline constexpr int64_t kLongest = 4096;  // elements of a line of an image that is put together before it is stored
 
 Tensor cutmix_bwd(const Tensor& dy, const Tensor& perm, const Tensor& box) {
   check_permutation("cutmix_bwd", dy, perm);
@@ -86,28 +90,34 @@ Tensor cutmix_bwd(const Tensor& dy, const Tensor& perm, const Tensor& box) {
       using A = Acc<T>;
       const T* source = static_cast<const T*>(from.const_data_ptr());
       T* target = static_cast<T*>(to.mutable_data_ptr());
+      const int64_t line = images.line();
+      const bool stream =
+          line * int64_t{sizeof(T)} >= 128 && line <= kLongest && worth_streaming(2 * dy.numel() * int64_t{sizeof(T)});
       parallel(images.N * images.planes, images.plane(), [&](int64_t begin, int64_t end) {
+        T row[kLongest];  // of dx, where it is streamed
+        LineWriter out(target + begin * images.plane(), stream);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t i = item / images.planes, offset = item % images.planes * images.plane();
-          const int64_t j = back[static_cast<size_t>(i)], line = images.line();
+          const int64_t j = back[static_cast<size_t>(i)];
           const Box mine(edges + (box.size(0) == 1 ? 0 : 4 * i), images);
           const Box theirs(edges + (box.size(0) == 1 ? 0 : 4 * j), images);
           for (int64_t h = 0; h < images.H; ++h) {
             const T* own = source + i * images.sample() + offset + h * line;
             const T* other = source + j * images.sample() + offset + h * line;
-            T* dx = target + i * images.sample() + offset + h * line;
+            T* dx = stream ? row : target + i * images.sample() + offset + h * line;
             const bool cut = h >= mine.top && h < mine.bottom, pasted = h >= theirs.top && h < theirs.bottom;
             const int64_t left = cut ? mine.left * images.pixel : line, right = cut ? mine.right * images.pixel : line;
             copy(own, left, dx);
             std::fill(dx + left, dx + right, T{});
             copy(own + right, line - right, dx + right);
-            if (!pasted) continue;
-            const int64_t first = theirs.left * images.pixel;
-            sweep<A>(0, theirs.right * images.pixel - first, [&](int64_t k, auto lanes, int) {
+            const int64_t first = theirs.left * images.pixel, count = pasted ? theirs.right * images.pixel - first : 0;
+            sweep<A>(0, count, [&](int64_t k, auto lanes, int) {
               store(dx + first + k, load(dx + first + k, lanes) + load(other + first + k, lanes), lanes);
             });
+            if (stream) out.append(row, line * int64_t{sizeof(T)});
           }
         }
+        out.finish();
       });
     });
   });

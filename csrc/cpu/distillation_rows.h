@@ -197,9 +197,7 @@ void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
           };
           auto put = [&](int64_t j, auto lanes, int)
                          __attribute__((always_inline)) { store_or_stream<Stream>(dx + j, smoothed(j, lanes), lanes); };
-          const int64_t head = Stream ? unaligned_head(dx) : 0;
-          if (head > 0) put(0, Tail{static_cast<int>(head)}, 0);
-          sweep<A, 4>(head, C, put);
+          sweep_stored<Stream, 4>(dx, C, put);
           if (hard.zero) return;
           // Rounded once, with what the label takes away.
           dx[target.a] = rounded_to<T>(at_label(target.a));

@@ -7,14 +7,59 @@
 
 namespace fusedtricks::FT_ISA {
 
-// run.operator()<Stream>() for one run of elements at `y`; streaming asks for an aligned address.
+// run.operator()<Stream>() for one run of elements at `y`. Short runs are streamed only as whole cache lines.
 template <class T, class F>
-inline void with_stream(bool stream, const T* y, const F& run) {
-  if (stream && reinterpret_cast<uintptr_t>(y) % (kLanes<Acc<T>> * sizeof(T)) == 0) {
-    return run.template operator()<true>();
-  }
-  run.template operator()<false>();
+inline void with_stream(bool stream, const T* y, int64_t count, const F& run) {
+  const bool lines = (reinterpret_cast<uintptr_t>(y) | static_cast<uintptr_t>(count) * sizeof(T)) % 64 == 0;
+  stream && (lines || count >= kFewestStreamed) ? run.template operator()<true>() : run.template operator()<false>();
 }
+
+// Memory that is written from the first byte to the last: whole cache lines past the caches, if they are worth it.
+class LineWriter {
+ public:
+  LineWriter(void* to, bool past_caches)
+      : to_(static_cast<uint8_t*>(to)), first_(offset()), past_caches_(past_caches) {}
+
+  void append(const void* source, int64_t bytes) {
+    const auto* from = static_cast<const uint8_t*>(source);
+    if (!past_caches_) {
+      if (bytes > 0) std::memcpy(to_, from, static_cast<size_t>(bytes));
+      to_ += bytes;
+      return;
+    }
+    while (bytes > 0) {
+      if (offset() == 0) {
+        for (; bytes >= 64; from += 64, to_ += 64, bytes -= 64) stream_line(to_, from);
+        if (bytes == 0) return;
+      }
+      const int64_t at = offset(), some = std::min(64 - at, bytes);
+      std::memcpy(line_ + at, from, static_cast<size_t>(some));
+      from += some, to_ += some, bytes -= some;
+      if (offset() != 0) return;
+      if (first_ == 0) {
+        stream_line(to_ - 64, line_);
+      } else {
+        std::memcpy(to_ - 64 + first_, line_ + first_, static_cast<size_t>(64 - first_));
+        first_ = 0;
+      }
+    }
+  }
+  // To be called after the last.
+  void finish() {
+    if (!past_caches_) return;
+    const int64_t end = offset();
+    if (end > first_) std::memcpy(to_ - (end - first_), line_ + first_, static_cast<size_t>(end - first_));
+    streamed();
+  }
+
+ private:
+  int64_t offset() const { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to_) % 64); }
+
+  uint8_t* to_;
+  int64_t first_;  // byte of the line that is being collected
+  bool past_caches_;
+  alignas(64) uint8_t line_[64];
+};
 
 // The samples in the order in which the cycles of a permutation pass them, so that the partner of one is the next, and
 // of the last of a cycle the first. A sample is then in the cache when it is needed again, and mixing in place needs a

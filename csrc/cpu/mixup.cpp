@@ -39,7 +39,7 @@ struct Of<uint8_t> {
 template <bool Affine, bool Stream, class T, class U, class A = typename Of<T>::A>
 inline void mix_elements(const T* own, const T* partner, U* y, int64_t count, A of_own, A of_partner, const A* scale,
                          const A* shift, const T* next) {
-  sweep<A>(0, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+  sweep_stored<Stream, 4>(y, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
     Vec<A> v = mixed(Vec<A>(Of<T>::read(own + j, lanes)), Vec<A>(Of<T>::read(partner + j, lanes)), of_own, of_partner);
     if constexpr (Affine) v = v * load(scale + j, lanes) + load(shift + j, lanes);
     __builtin_prefetch(next + j);
@@ -50,7 +50,7 @@ inline void mix_elements(const T* own, const T* partner, U* y, int64_t count, A 
 template <bool Affine, class T, class U, class A = typename Of<T>::A>
 inline void mix(const T* own, const T* partner, U* y, int64_t count, A of_own, A of_partner, const A* scale,
                 const A* shift, const T* next, bool stream) {
-  with_stream(stream, y, [&]<bool Stream>() {
+  with_stream(stream, y, count, [&]<bool Stream>() {
     mix_elements<Affine, Stream>(own, partner, y, count, of_own, of_partner, scale, shift, next);
   });
 }

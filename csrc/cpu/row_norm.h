@@ -136,16 +136,28 @@ struct Storing {
   }
 };
 
-// sweep over the columns of a block of `Count` rows whose results begin at `p`. What is streamed is stored from where
-// it is aligned.
-template <bool Stream, int Count, class T, class F, class A = Acc<T>>
+// sweep over the columns of a block of `Count` rows whose results begin at `p`; if there are several, all are aligned.
+template <bool Stream, int Count, class T, class F>
 inline __attribute__((always_inline)) void sweep_block(const T* p, int64_t columns, F&& f) {
-  int64_t head = 0;
-  if constexpr (Stream && Count == 1) {
-    head = unaligned_head(p);
-    if (head > 0) f(0, Tail{static_cast<int>(head)}, 0);
+  sweep_stored<Stream && Count == 1, Count == 1 ? 4 : 1, false>(p, columns, std::forward<F>(f));
+}
+template <bool Stream, class T, class L, class E>
+inline __attribute__((always_inline)) void store_block(T* p, Vec<Acc<T>> v, L lanes, [[maybe_unused]] E ends) {
+  if constexpr (Stream && std::is_same_v<L, Tail>) {
+    ends->store(p, v, lanes);
+  } else {
+    store_or_stream<Stream>(p, v, lanes);
   }
-  sweep<A, Count == 1 ? 4 : 1>(head, columns, std::forward<F>(f));
+}
+// Only what is streamed has ends to collect: a pointer to none would still be passed to every row.
+struct NoEnds {};
+template <bool Stream, class T>
+inline auto ends_of(LineEnds<T>& ends) {
+  if constexpr (Stream) {
+    return &ends;
+  } else {
+    return NoEnds{};
+  }
 }
 
 // The rows of tensor k, which begins at `p`, from where the walk stands: those that come after a block.
@@ -179,9 +191,9 @@ inline Normalize<Vec<A>> spread(const Normalize<A>& n) {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-template <bool Center, bool Affine, bool Stream, bool Fetch, int Count, class T, class A = Acc<T>>
+template <bool Center, bool Affine, bool Stream, bool Fetch, int Count, class T, class E, class A = Acc<T>>
 inline void normalize_rows(const T* const* from, T* const* to, const Normalize<A>* by, const A* weight, const A* bias,
-                           int64_t columns, const NextRows<T>& next_x) {
+                           int64_t columns, const NextRows<T>& next_x, E ends) {
   const T* x[Count];
   T* y[Count];
   Normalize<Vec<A>> n[Count];
@@ -196,7 +208,7 @@ inline void normalize_rows(const T* const* from, T* const* to, const Normalize<A
       auto v = normalized<Center, A>(n[i], load(x[i] + j, lanes));
       if constexpr (Affine) v *= w;
       if constexpr (Affine && Center) v += b;
-      store_or_stream<Stream>(y[i] + j, v, lanes);
+      store_block<Stream>(y[i] + j, v, lanes, ends);
     }
   });
 }
@@ -217,6 +229,7 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
   const Storing storing(rows, y, columns, 2, forward_together(columns));
   parallel(rows.count, columns, [&](int64_t begin, int64_t end) {
     typename Rows<3>::Walk at(rows, begin);
+    LineEnds<T> ends;
     for (int64_t left = end - begin; left > 0;) {
       constexpr int kMost = std::max(kMostRows, kLanes<A>);
       const int count =
@@ -248,10 +261,12 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
       for (int i = 0, together; i < count; i += together) {
         together = count - i >= storing.together ? storing.together : 1;
         with_block(storing.stream, columns, together, [&]<bool Stream, bool Fetch, int Count>() {
-          normalize_rows<Center, Affine, Stream, Fetch, Count>(from + i, to + i, n + i, weight, bias, columns, next_x);
+          normalize_rows<Center, Affine, Stream, Fetch, Count>(from + i, to + i, n + i, weight, bias, columns, next_x,
+                                                               ends_of<Stream>(ends));
         });
       }
     }
+    ends.flush();
     if (storing.stream) streamed();
   });
 }
@@ -346,10 +361,10 @@ struct GradientAsItIs {
 };
 
 // dx of the rows, and their part of dweight and dbias in one visit to the sums.
-template <bool Center, bool Dx, bool Parameters, bool Stream, bool Fetch, int Count, class T, class Finish,
+template <bool Center, bool Dx, bool Parameters, bool Stream, bool Fetch, int Count, class T, class E, class Finish,
           class A = Acc<T>>
 inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight, A* dbias, int64_t columns,
-                          const NextRows<T>& next_dy, const NextRows<T>& next_x, const Finish& finish) {
+                          const NextRows<T>& next_dy, const NextRows<T>& next_x, E ends, const Finish& finish) {
   const T *dy[Count], *x[Count];
   T* dx[Count];
   Normalize<Vec<A>> n[Count];
@@ -373,7 +388,7 @@ inline void backward_rows(const BackwardRow<T>* row, const A* weight, A* dweight
       }
       if constexpr (Dx) {
         const auto v = norm_backward<Vec<A>>(grad * w, xhat, n[i].rstd, mean_g[i], mean_gx[i]);
-        store_or_stream<Stream>(dx[i] + j, finish.change(i, j, v, lanes), lanes);
+        store_block<Stream>(dx[i] + j, finish.change(i, j, v, lanes), lanes, ends);
       }
     }
     if constexpr (Parameters) {
@@ -408,6 +423,7 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
   // Last chunk first: of x and dy the end was written or read most recently, and may still be in a cache.
   auto run = [&](int64_t begin, int64_t end) {
     auto finish = make.template make<T>();
+    LineEnds<T> ends;
     for (int64_t c = end; c-- > begin;) {
       A* dweight = Parameters ? partials + c * width : nullptr;
       A* dbias = Parameters && Center ? dweight + columns : nullptr;
@@ -427,11 +443,12 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
         const NextRows<T> next_dy(rows, at, 2, dy), next_x(rows, at, 1, x);
         with_block(storing.stream, columns, count, [&]<bool Stream, bool Fetch, int Count>() {
           if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
-          backward_rows<Center, Dx, Parameters, Dx && Stream, Fetch, Count>(block, weight, dweight, dbias, columns,
-                                                                            next_dy, next_x, finish);
+          backward_rows<Center, Dx, Parameters, Dx && Stream, Fetch, Count>(
+              block, weight, dweight, dbias, columns, next_dy, next_x, ends_of < Dx && Stream > (ends), finish);
         });
       }
     }
+    ends.flush();
     if (storing.stream) streamed();
   };
   parallel(chunks.count, chunks.rows_each * columns, run, true);

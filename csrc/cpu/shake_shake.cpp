@@ -61,8 +61,8 @@ Tensor shake_shake_fwd(const Tensor& x1, const Tensor& x2, const Tensor& alpha) 
       const A* weight = static_cast<const A*>(alpha.const_data_ptr());
       for_pieces(plan, stream, [&](int64_t at_y, int64_t at_a, int64_t at_b, int64_t i, int64_t count) {
         const A w = weight[i], rest = A(1) - w;
-        with_stream(stream, to + at_y, [&]<bool Stream>() {
-          sweep<A>(0, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+        with_stream(stream, to + at_y, count, [&]<bool Stream>() {
+          sweep_stored<Stream, 4>(to + at_y, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
             store_or_stream<Stream>(to + at_y + j, mixed(load(p + at_a + j, lanes), load(q + at_b + j, lanes), w, rest),
                                     lanes);
           });
@@ -95,10 +95,9 @@ std::tuple<Tensor, Tensor> shake_shake_bwd(const Tensor& dy, const Tensor& beta)
       const A* weight = static_cast<const A*>(beta.const_data_ptr());
       for_pieces(plan, stream, [&](int64_t at_1, int64_t at_2, int64_t at, int64_t i, int64_t count) {
         const A w = weight[i], rest = A(1) - w;
-        const bool both =
-            (reinterpret_cast<uintptr_t>(p + at_1) - reinterpret_cast<uintptr_t>(q + at_2)) % kVecBytes == 0;
-        with_stream(stream && both, p + at_1, [&]<bool Stream>() {
-          sweep<A>(0, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
+        const bool both = (reinterpret_cast<uintptr_t>(p + at_1) - reinterpret_cast<uintptr_t>(q + at_2)) % 64 == 0;
+        with_stream(stream && both, p + at_1, count, [&]<bool Stream>() {
+          sweep_stored<Stream, 4>(p + at_1, count, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
             const auto v = load(g + at + j, lanes);
             store_or_stream<Stream>(p + at_1 + j, v * w, lanes);
             store_or_stream<Stream>(q + at_2 + j, v * rest, lanes);

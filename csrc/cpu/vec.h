@@ -2,6 +2,7 @@
 // types, so the formulas of csrc/math work on them as on a scalar; 16-bit types exist in memory only.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -62,6 +63,15 @@ inline Vec<A> broadcast(A a) {
   return Vec<A>{} + a;
 }
 
+// The lanes of the tail from `v`, those beyond it from `beyond`.
+template <class A>
+inline Vec<A> select(Tail t, Vec<A> v, Vec<A> beyond) {
+  using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  Vec<Int> lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < static_cast<Int>(t.n) ? v : beyond;
+}
+
 // Lanes beyond the tail become zero.
 template <class A>
 inline Vec<A> keep(Vec<A> v, Full) {
@@ -69,10 +79,7 @@ inline Vec<A> keep(Vec<A> v, Full) {
 }
 template <class A>
 inline Vec<A> keep(Vec<A> v, Tail t) {
-  using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  Vec<Int> lane;
-  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
-  return lane < static_cast<Int>(t.n) ? v : Vec<A>{};
+  return select<A>(t, v, Vec<A>{});
 }
 
 // Sum of the lanes, always in the same order.
@@ -270,11 +277,57 @@ inline void store_or_stream(T* p, Vec<Acc<T>> v, Lanes lanes) {
   }
 }
 
+// A cache line past the caches, from anywhere.
+inline void stream_line(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; ++i) {
+    _mm256_stream_si256(static_cast<__m256i*>(to) + i, _mm256_loadu_si256(static_cast<const __m256i*>(from) + i));
+  }
+#else
+  std::memcpy(to, from, 64);
+#endif
+}
+
 inline void streamed() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
 }
+
+// The ends of rows that are stored past the caches, one row after another: where they meet in a cache line, they are
+// brought together here and leave as a line, like the rest. To be flushed after the last row.
+template <class T>
+class LineEnds {
+ public:
+  // Within one line.
+  void store(T* p, Vec<Acc<T>> v, Tail lanes) {
+    const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kLine);
+    if (p != next_) flush(), begin_ = at, next_ = p;
+    FT_ISA::store(line_ + at, v, lanes);
+    next_ += lanes.n;
+    if (at + lanes.n < kLine) return;
+    if (begin_ == 0) {
+      stream_line(next_ - kLine, line_);
+      next_ = nullptr;
+    } else {
+      flush();
+    }
+  }
+  __attribute__((noinline)) void flush() {
+    if (!next_) return;
+    const int64_t end = static_cast<int64_t>((reinterpret_cast<uintptr_t>(next_) / sizeof(T) - 1) % kLine + 1);
+    std::memcpy(next_ - (end - begin_), line_ + begin_, static_cast<size_t>(end - begin_) * sizeof(T));
+    next_ = nullptr;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  alignas(64) T line_[kLine];
+  T* next_ = nullptr;  // where the line is continued
+  int64_t begin_ = 0;  // its first element
+};
 
 // So many bytes, read and written, are in no cache when they are next needed.
 inline bool worth_streaming(int64_t bytes) { return bytes > int64_t{16} << 20; }
@@ -306,6 +359,28 @@ inline __attribute__((always_inline)) void sweep(int64_t begin, int64_t end, F&&
     for (; j + L <= end; j += L) f(j, Full{}, 0);
   }
   if (j < end) f(j, Tail{static_cast<int>(end - j)}, 0);
+}
+
+// sweep over the `count` columns of a row that is stored from `p` on, past the caches with Stream: whole cache lines
+// are, since memory would be read for a part of one. The ends of a row go through the caches as tails; the line that
+// holds the last end is asked for in time, as stores wait for one another.
+template <bool Stream, int Unroll, bool Fetch = true, class T, class F>
+inline __attribute__((always_inline)) void sweep_stored(const T* p, int64_t count, F&& f) {
+  using A = Acc<T>;
+  if constexpr (!Stream) {
+    sweep<A, Unroll>(0, count, f);
+  } else {
+    constexpr int64_t L = kLanes<A>, kLine = 64 / sizeof(T);
+    const auto ends = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+      for (int64_t j = begin; j < end; j += L) f(j, Tail{static_cast<int>(std::min(L, end - j))}, 0);
+    };
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kLine);
+    const int64_t head = std::min((kLine - past) % kLine, count), whole = head + (count - head) / kLine * kLine;
+    if (Fetch && whole < count) __builtin_prefetch(p + whole, 1);
+    ends(0, head);
+    sweep<A, Unroll>(head, whole, f);
+    ends(whole, count);
+  }
 }
 
 // N sums over columns at once: f(j, lanes, terms) adds to terms[0..N-1]. Blocks are summed separately first, so the

@@ -1,6 +1,8 @@
 // Lanes of a register as bits: one bit per element in memory.
 #pragma once
 
+#include <algorithm>
+
 #include "vec.h"
 
 namespace fusedtricks::FT_ISA {
@@ -41,32 +43,118 @@ inline Lanes<A> from_bits(uint32_t bits) {
 inline int count(Full, int lanes) { return lanes; }
 inline int count(Tail t, int) { return t.n; }
 
-// The bits of the lanes from element j on, j a multiple of the lanes, in a row that starts at byte `row`. Bits are
-// stored from the lowest element up.
-template <class A, class L>
-inline void store_bits(uint8_t* row, int64_t j, uint32_t bits, L lanes) {
-  const int n = count(lanes, kLanes<A>);
-  bits &= (1u << n) - 1;
-  if constexpr (kLanes<A> == 16) {
-    const auto both = static_cast<uint16_t>(bits);
-    std::memcpy(row + j / 8, &both, n > 8 ? 2 : 1);
-  } else if constexpr (kLanes<A> == 8) {
-    row[j / 8] = static_cast<uint8_t>(bits);
-  } else {
-    const int at = static_cast<int>(j % 8);
-    row[j / 8] = static_cast<uint8_t>((at ? row[j / 8] : 0) | bits << at);
+// The bits of a run of elements from byte `row` on, the lowest first. j + shift is a multiple of the lanes, but of a
+// shorter register that comes before all others.
+struct RunBits {
+  uint8_t* row;
+  int64_t shift = 0;
+
+  template <class A, class L>
+  void store(int64_t j, uint32_t bits, L lanes) const {
+    const int n = count(lanes, kLanes<A>);
+    bits &= (1u << n) - 1;
+    uint8_t* const to = row + (j + shift) / 8;
+    if constexpr (kLanes<A> == 16) {
+      const auto both = static_cast<uint16_t>(bits);
+      std::memcpy(to, &both, n > 8 ? 2 : 1);
+    } else if constexpr (kLanes<A> == 8) {
+      *to = static_cast<uint8_t>(bits);
+    } else {
+      const int at = static_cast<int>((j + shift) % 8);
+      *to = static_cast<uint8_t>((at ? *to : 0) | bits << at);
+    }
+  }
+  template <class A, class L>
+  uint32_t load(int64_t j, L lanes) const {
+    const uint8_t* const from = row + (j + shift) / 8;
+    uint32_t bits = from[0];
+    if constexpr (kLanes<A> == 16) {
+      if (count(lanes, kLanes<A>) > 8) bits |= static_cast<uint32_t>(from[1]) << 8;
+    } else if constexpr (kLanes<A> < 8) {
+      bits >>= (j + shift) % 8;
+    }
+    return bits;
+  }
+};
+
+// The first eight bytes at p, or all `bytes` where they are fewer.
+inline uint64_t load_word(const uint8_t* p, int64_t bytes) {
+  uint64_t word = 0;
+  if (bytes >= 8) {
+    std::memcpy(&word, p, 8);
+    return word;
+  }
+  int64_t at = 0;
+  auto add = [&](auto part) {
+    if (!(bytes & int64_t{sizeof part})) return;
+    std::memcpy(&part, p + at, sizeof part);
+    word |= static_cast<uint64_t>(part) << (8 * at);
+    at += sizeof part;
+  };
+  add(uint32_t{}), add(uint16_t{}), add(uint8_t{});
+  return word;
+}
+inline void store_word(uint8_t* p, uint64_t word, int64_t bytes) {
+  if (bytes >= 8) {
+    std::memcpy(p, &word, 8);
+    return;
+  }
+  auto take = [&](auto part) {
+    if (!(bytes & int64_t{sizeof part})) return;
+    part = static_cast<decltype(part)>(word);
+    std::memcpy(p, &part, sizeof part);
+    p += sizeof part, word >>= 8 * sizeof part;
+  };
+  take(uint32_t{}), take(uint16_t{}), take(uint8_t{});
+}
+
+// `count` bits from bit i of `from` to bit j of `to` and on; those before j in its byte are kept. Not a byte but those
+// of these bits is touched where that is `exact`, else perhaps seven more.
+inline void copy_bits(uint8_t* to, uint64_t j, const uint8_t* from, uint64_t i, int64_t count, bool exact) {
+  constexpr int64_t kSome = 56;  // eight bytes have so many from any bit of the first on
+  for (; count > 0; i += kSome, j += kSome, count -= kSome) {
+    const int64_t n = std::min(count, kSome);
+    const uint64_t word = load_word(from + i / 8, exact ? (static_cast<int64_t>(i % 8) + count + 7) / 8 : 8);
+    const uint64_t bits = word >> (i % 8) & ((uint64_t{1} << n) - 1), before = to[j / 8] & ((1u << j % 8) - 1);
+    store_word(to + j / 8, bits << (j % 8) | before, exact ? (static_cast<int64_t>(j % 8) + count + 7) / 8 : 8);
   }
 }
 
-template <class A, class L>
-inline Lanes<A> load_bits(const uint8_t* row, int64_t j, L lanes) {
-  uint32_t bits = row[j / 8];
-  if constexpr (kLanes<A> == 16) {
-    if (count(lanes, kLanes<A>) > 8) bits |= static_cast<uint32_t>(row[j / 8 + 1]) << 8;
-  } else if constexpr (kLanes<A> < 8) {
-    bits >>= j % 8;
+// The bits of neighbouring runs, each of which begins at a byte of its own, laid end to end for registers that hold
+// elements of two runs: `head` elements come before the first whole register.
+template <class A, int64_t Most>
+class NeighbourBits {
+ public:
+  NeighbourBits(uint8_t* rows, int64_t row_bytes, int64_t runs, int64_t length, int64_t head)
+      : rows_(rows), row_bytes_(row_bytes), runs_(runs), length_(length), head_(head) {}
+
+  RunBits together() { return {bits_, shift()}; }
+  void gather() {
+    each([&](uint8_t* run, int64_t i, int64_t at, int64_t n, bool last) { copy_bits(bits_, at, run, i, n, last); });
   }
-  return from_bits<A>(bits);
-}
+  void scatter() {
+    each([&](uint8_t* run, int64_t i, int64_t at, int64_t n, bool last) { copy_bits(run, i, bits_, at, n, last); });
+  }
+
+ private:
+  static constexpr int L = kLanes<A>;
+
+  int64_t shift() const { return head_ ? L - head_ : 0; }
+  // f(run, first element, its bit, how many, exact): what comes after a run may be spoilt where it is written next.
+  template <class F>
+  inline __attribute__((always_inline)) void each(const F& f) const {
+    auto exact = [&](int64_t run) { return (runs_ - 1 - run) * row_bytes_ < 8; };
+    // Where RunBits has the head.
+    if (head_) f(rows_, 0, L % 8 == 0 ? shift() / 8 * 8 : shift(), head_, true);
+    f(rows_, head_, head_ + shift(), length_ - head_, exact(0));
+    for (int64_t run = 1; run < runs_; ++run) {
+      f(rows_ + run * row_bytes_, 0, run * length_ + shift(), length_, exact(run));
+    }
+  }
+
+  uint8_t* rows_;
+  int64_t row_bytes_, runs_, length_, head_;
+  uint8_t bits_[Most / 8 + 16];
+};
 
 }  // namespace fusedtricks::FT_ISA

@@ -111,6 +111,12 @@ NATIVE_BUGS = {
     "short planes: one sample for four": NativeBug(
         "cpu/batch_norm.h", "return f(run + r);", "return f(run);", "batch_norm"
     ),
+    "registers of two channels: the numbers of the first for both": NativeBug(
+        "cpu/batch_norm.h", "select<A>(rest, k[i], next[i])", "k[i]", "batch_norm"
+    ),
+    "signs of neighbouring runs where there is no head": NativeBug(
+        "cpu/vec_bits.h", "run * length_ + shift()", "run * length_", "batch_norm"
+    ),
     "rows left over from the streams": NativeBug(
         "cpu/batch_norm.h", "row = first + step * RowCut::kStreams;", "row = full;", "batch_norm"
     ),

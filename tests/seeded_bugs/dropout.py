@@ -40,6 +40,7 @@ NATIVE_BUGS = {
     "one value too many kept": NativeBug(
         "math/dropout.h", "bits < keep ? x * scale : A{}", "bits <= keep ? x * scale : A{}", "dropout"
     ),
+    "channels of a block share their bits": NativeBug("cpu/dropout.cpp", "bits[i]);", "bits[0]);", "dropout"),
     "nine rounds": NativeBug("math/philox.h", "round < 10", "round < 9", "dropout"),
 }
 
