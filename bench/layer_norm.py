@@ -16,6 +16,7 @@ SIZES: tuple[Size, ...] = (
     (16384, 64),  # one attention head
     (262144, 16),  # one vector per row
     (8192, 1000),  # no multiple of a vector
+    (32768, 257),  # rows that begin anywhere in a cache line
     (2048, 4096),  # transformer large
     (512, 16384),  # a row fills a block
     (64, 131072),  # rows longer than any on-chip memory

@@ -61,7 +61,7 @@ struct RunBits {
       *to = static_cast<uint8_t>(bits);
     } else {
       const int at = static_cast<int>((j + shift) % 8);
-      *to = static_cast<uint8_t>((at ? *to : 0) | bits << at);
+      *to = static_cast<uint8_t>((*to & ((1u << at) - 1)) | bits << at);
     }
   }
   template <class A, class L>
@@ -126,7 +126,9 @@ template <class A, int64_t Most>
 class NeighbourBits {
  public:
   NeighbourBits(uint8_t* rows, int64_t row_bytes, int64_t runs, int64_t length, int64_t head)
-      : rows_(rows), row_bytes_(row_bytes), runs_(runs), length_(length), head_(head) {}
+      : rows_(rows), row_bytes_(row_bytes), runs_(runs), length_(length), head_(head) {
+    bits_[0] = 0;  // a head leaves some of its bits alone
+  }
 
   RunBits together() { return {bits_, shift()}; }
   void gather() {
