@@ -30,6 +30,11 @@ def apart(numel: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(numel + 1).to(dtype)[1:]
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """Of a few operations on numbers about 1, in the type of the arithmetic."""
+    return 8 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -64,8 +69,8 @@ def test_rows(target: Any, stem: str, dtype: torch.dtype, columns: int) -> None:
         parts = [run(*pair) for pair in zip(x.split(rows // 7), dy.split(rows // 7), strict=True)]
     y, dx = (torch.cat(results) for results in zip(*parts, strict=True))
     assert torch.equal(whole[0], y)
-    # The means of a row are summed in an order that depends on how many rows a block has.
-    torch.testing.assert_close(whole[1], dx, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    # The means of a row are summed in an order that depends on how many rows its block has.
+    torch.testing.assert_close(whole[1], dx, rtol=2 * torch.finfo(dtype).eps, atol=rounding(dtype))
 
 
 # ---- channels --------------------------------------------------------------------------------------------------------
@@ -78,6 +83,7 @@ def test_rows(target: Any, stem: str, dtype: torch.dtype, columns: int) -> None:
     "size",
     [
         (700, 64, 7, 7),
+        (90, 256, 14, 15),  # of 16 bits too
         (180, 60, 14, 14),
         (3, 211, 62, 63),
         (16, 3, 210, 211),
@@ -95,8 +101,7 @@ def test_dropout_of_channels(target: Any, dtype: torch.dtype, layout: torch.memo
     wanted = op.implementation("reference")(x, seed, keep, group)
     found = op.implementation(target.backend)(x, seed, keep, group)
     assert found.stride() == wanted.stride()
-    assert torch.equal(found == 0, wanted == 0)
-    torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(found, wanted)
     inside = x.clone(memory_format=torch.preserve_format)
     Op.registry["dropout_fwd_"].implementation(target.backend)(inside, seed, keep, group)
     assert torch.equal(inside, found)
@@ -143,7 +148,7 @@ def test_registers_of_two_channels(target: Any, added: bool, dtype: torch.dtype,
                     # Sums of a channel are added in an order of its own, which rounding may show.
                     a = a[:, c : c + 1]
                     if training:
-                        torch.testing.assert_close(a, b, rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
+                        torch.testing.assert_close(a, b, rtol=8 * torch.finfo(dtype).eps, atol=rounding(dtype))
                     else:
                         assert torch.equal(a, b), f"channel {c}, result {i}"
 
@@ -189,7 +194,8 @@ def test_mixup_and_shake_shake(target: Any, dtype: torch.dtype, size: tuple) -> 
     batch, columns = x.shape
     lam, perm = torch.rand(batch), torch.randperm(batch)
     cut = slice(columns // 3 + 1, columns // 3 + 1 + columns // 9)
-    kernel = {name: Op.registry[name].implementation(target.backend) for name in Op.registry}
+    names = ("mixup_fwd", "mixup_bwd", "shake_shake_fwd", "shake_shake_bwd")
+    kernel = {name: Op.registry[name].implementation(target.backend) for name in names}
     mixed = kernel["mixup_fwd"](x, lam, perm, None, None, dtype)
     back = kernel["mixup_bwd"](x, lam, perm)
     shaken = kernel["shake_shake_fwd"](x, other, lam)

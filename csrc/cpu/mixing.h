@@ -17,48 +17,34 @@ inline void with_stream(bool stream, const T* y, int64_t count, const F& run) {
 // Memory that is written from the first byte to the last: whole cache lines past the caches, if they are worth it.
 class LineWriter {
  public:
-  LineWriter(void* to, bool past_caches)
-      : to_(static_cast<uint8_t*>(to)), first_(offset()), past_caches_(past_caches) {}
+  LineWriter(void* to, bool past_caches) : to_(static_cast<uint8_t*>(to)), past_caches_(past_caches) {}
 
   void append(const void* source, int64_t bytes) {
+    if (bytes <= 0) return;
     const auto* from = static_cast<const uint8_t*>(source);
     if (!past_caches_) {
-      if (bytes > 0) std::memcpy(to_, from, static_cast<size_t>(bytes));
+      std::memcpy(to_, from, static_cast<size_t>(bytes));
       to_ += bytes;
       return;
     }
-    while (bytes > 0) {
-      if (offset() == 0) {
-        for (; bytes >= 64; from += 64, to_ += 64, bytes -= 64) stream_line(to_, from);
-        if (bytes == 0) return;
-      }
-      const int64_t at = offset(), some = std::min(64 - at, bytes);
-      std::memcpy(line_ + at, from, static_cast<size_t>(some));
+    auto end = [&](int64_t some) {
+      if (some > 0) ends_.store(to_, from, some);
       from += some, to_ += some, bytes -= some;
-      if (offset() != 0) return;
-      if (first_ == 0) {
-        stream_line(to_ - 64, line_);
-      } else {
-        std::memcpy(to_ - 64 + first_, line_ + first_, static_cast<size_t>(64 - first_));
-        first_ = 0;
-      }
-    }
+    };
+    end(std::min(static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to_) % 64), bytes));
+    for (; bytes >= 64; from += 64, to_ += 64, bytes -= 64) stream_line(to_, from);
+    end(bytes);
   }
   // To be called after the last.
   void finish() {
-    if (!past_caches_) return;
-    const int64_t end = offset();
-    if (end > first_) std::memcpy(to_ - (end - first_), line_ + first_, static_cast<size_t>(end - first_));
-    streamed();
+    ends_.flush();
+    if (past_caches_) streamed();
   }
 
  private:
-  int64_t offset() const { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to_) % 64); }
-
   uint8_t* to_;
-  int64_t first_;  // byte of the line that is being collected
   bool past_caches_;
-  alignas(64) uint8_t line_[64];
+  LineEnds ends_;
 };
 
 // The samples in the order in which the cycles of a permutation pass them, so that the partner of one is the next, and

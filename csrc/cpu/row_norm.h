@@ -151,8 +151,8 @@ inline __attribute__((always_inline)) void store_block(T* p, Vec<Acc<T>> v, L la
 }
 // Only what is streamed has ends to collect: a pointer to none would still be passed to every row.
 struct NoEnds {};
-template <bool Stream, class T>
-inline auto ends_of(LineEnds<T>& ends) {
+template <bool Stream>
+inline auto ends_of(LineEnds& ends) {
   if constexpr (Stream) {
     return &ends;
   } else {
@@ -229,7 +229,7 @@ void forward_rows(const Rows<3>& rows, const T* x, T* y, A* stats, const A* weig
   const Storing storing(rows, y, columns, 2, forward_together(columns));
   parallel(rows.count, columns, [&](int64_t begin, int64_t end) {
     typename Rows<3>::Walk at(rows, begin);
-    LineEnds<T> ends;
+    LineEnds ends;
     for (int64_t left = end - begin; left > 0;) {
       constexpr int kMost = std::max(kMostRows, kLanes<A>);
       const int count =
@@ -423,7 +423,7 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
   // Last chunk first: of x and dy the end was written or read most recently, and may still be in a cache.
   auto run = [&](int64_t begin, int64_t end) {
     auto finish = make.template make<T>();
-    LineEnds<T> ends;
+    LineEnds ends;
     for (int64_t c = end; c-- > begin;) {
       A* dweight = Parameters ? partials + c * width : nullptr;
       A* dbias = Parameters && Center ? dweight + columns : nullptr;
@@ -442,9 +442,10 @@ void backward_chunks(const Rows<4>& rows, const T* dy, const T* x, T* dx, const 
         }
         const NextRows<T> next_dy(rows, at, 2, dy), next_x(rows, at, 1, x);
         with_block(storing.stream, columns, count, [&]<bool Stream, bool Fetch, int Count>() {
+          constexpr bool kStream = Dx && Stream;
           if constexpr (Dx) project_rows<Center, Count>(block, weight, columns);
-          backward_rows<Center, Dx, Parameters, Dx && Stream, Fetch, Count>(
-              block, weight, dweight, dbias, columns, next_dy, next_x, ends_of < Dx && Stream > (ends), finish);
+          backward_rows<Center, Dx, Parameters, kStream, Fetch, Count>(block, weight, dweight, dbias, columns, next_dy,
+                                                                       next_x, ends_of<kStream>(ends), finish);
         });
       }
     }

@@ -296,37 +296,45 @@ inline void streamed() {
 #endif
 }
 
-// The ends of rows that are stored past the caches, one row after another: where they meet in a cache line, they are
-// brought together here and leave as a line, like the rest. To be flushed after the last row.
-template <class T>
+// The ends of what is stored past the caches piece after piece: where they meet in a cache line, they are brought
+// together here and leave as a line, like the rest. To be flushed after the last.
 class LineEnds {
  public:
-  // Within one line.
+  template <class T>
   void store(T* p, Vec<Acc<T>> v, Tail lanes) {
-    const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kLine);
-    if (p != next_) flush(), begin_ = at, next_ = p;
-    FT_ISA::store(line_ + at, v, lanes);
-    next_ += lanes.n;
-    if (at + lanes.n < kLine) return;
-    if (begin_ == 0) {
-      stream_line(next_ - kLine, line_);
-      next_ = nullptr;
-    } else {
-      flush();
-    }
+    FT_ISA::store(reinterpret_cast<T*>(open(p)), v, lanes);
+    close(lanes.n * static_cast<int>(sizeof(T)));
+  }
+  void store(void* p, const void* from, int64_t bytes) {
+    std::memcpy(open(p), from, static_cast<size_t>(bytes));
+    close(bytes);
   }
   __attribute__((noinline)) void flush() {
-    if (!next_) return;
-    const int64_t end = static_cast<int64_t>((reinterpret_cast<uintptr_t>(next_) / sizeof(T) - 1) % kLine + 1);
-    std::memcpy(next_ - (end - begin_), line_ + begin_, static_cast<size_t>(end - begin_) * sizeof(T));
+    if (next_) std::memcpy(next_ - (end_ - begin_), line_ + begin_, static_cast<size_t>(end_ - begin_));
     next_ = nullptr;
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(T);
-  alignas(64) T line_[kLine];
-  T* next_ = nullptr;  // where the line is continued
-  int64_t begin_ = 0;  // its first element
+  // Where to put what belongs at p, of one line,
+  uint8_t* open(void* p) {
+    if (p == next_) return line_ + end_;
+    if (next_) flush();
+    next_ = static_cast<uint8_t*>(p);
+    begin_ = end_ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % 64);
+    return line_ + begin_;
+  }
+  // and so many bytes are there.
+  void close(int64_t bytes) {
+    next_ += bytes, end_ += bytes;
+    if (end_ < 64) return;
+    if (begin_ > 0) return flush();
+    stream_line(next_ - 64, line_);
+    next_ = nullptr;
+  }
+
+  alignas(64) uint8_t line_[64];
+  uint8_t* next_ = nullptr;      // where the line is continued
+  int64_t begin_ = 0, end_ = 0;  // what it holds
 };
 
 // So many bytes, read and written, are in no cache when they are next needed.

@@ -132,10 +132,10 @@ class NeighbourBits {
 
   RunBits together() { return {bits_, shift()}; }
   void gather() {
-    each([&](uint8_t* run, int64_t i, int64_t at, int64_t n, bool last) { copy_bits(bits_, at, run, i, n, last); });
+    each([&](uint8_t* run, int64_t i, int64_t at, int64_t n, bool exact) { copy_bits(bits_, at, run, i, n, exact); });
   }
   void scatter() {
-    each([&](uint8_t* run, int64_t i, int64_t at, int64_t n, bool last) { copy_bits(run, i, bits_, at, n, last); });
+    each([&](uint8_t* run, int64_t i, int64_t at, int64_t n, bool exact) { copy_bits(run, i, bits_, at, n, exact); });
   }
 
  private:
