@@ -75,6 +75,20 @@ struct Cycles {
   }
 };
 
+// Whom each sample is mixed with: perm, or its inverse.
+template <bool Inverse>
+std::vector<int64_t> partners(const char* op, const Tensor& perm) {
+  const int64_t N = perm.size(0);
+  const auto* p = static_cast<const int64_t*>(perm.const_data_ptr());
+  std::vector<int64_t> inverse(static_cast<size_t>(N), -1);
+  for (int64_t i = 0; i < N; ++i) {
+    STD_TORCH_CHECK(p[i] >= 0 && p[i] < N && inverse[static_cast<size_t>(p[i])] < 0, op,
+                    ": perm is not a permutation of 0 to ", N - 1);
+    inverse[static_cast<size_t>(p[i])] = i;
+  }
+  return Inverse ? inverse : std::vector<int64_t>(p, p + N);
+}
+
 // Two batches of one shape: runs of unit stride inside a sample, at the same places of every sample.
 struct Samples {
   Rows<2> rows;  // the runs of a sample, in y and x

@@ -7,6 +7,10 @@ namespace fusedtricks::FT_ISA {
 
 // Elements of a sample dealt with at once: of three samples they fit the first-level cache.
 inline constexpr int64_t kMostColumns = 1024;
+// Samples up to here are mixed in the order of memory; in place if they are very short and this many, from a copy.
+inline constexpr int64_t kShortBytes = 512, kCopiedBytes = 128, kFewestCopied = 1 << 16;
+// Samples at most between the one that is mixed and the one that is fetched.
+inline constexpr int64_t kFetched = 16;
 
 template <class T>
 struct Of {
@@ -70,6 +74,11 @@ struct Channels {
   }
 };
 
+template <class T>
+bool shorter(const Samples& s, int64_t bytes) {
+  return s.unit && s.rows.count == 1 && s.run * int64_t{sizeof(T)} <= bytes;
+}
+
 // Of position k in the order of cycles: y[i] = lam[i] x[i] + (1 - lam[i]) x[j] with i the sample there and j the next;
 // or, Transposed, y[j] = lam[j] x[j] + (1 - lam[i]) x[i].
 template <bool Transposed, bool Affine, class T, class U, class A = typename Of<T>::A>
@@ -85,6 +94,7 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
                   const A* shift) {
     T saved[kMostColumns];
     const int64_t first = cycles.order[static_cast<size_t>(cycles.start[c])];
+    const int64_t ahead = std::clamp<int64_t>(kFetched * 16 / count, 2, kFetched);
     if (in_place) std::memcpy(saved, from + first * s.x_stride, static_cast<size_t>(count) * sizeof(T));
     for (int64_t k = begin; k < end; ++k) {
       const bool last = k + 1 == cycles.start[c + 1];
@@ -92,7 +102,7 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
                     j = last ? first : cycles.order[static_cast<size_t>(k) + 1];
       const T* at_i = from + i * s.x_stride;
       const T* at_j = in_place && last ? saved : from + j * s.x_stride;
-      const int64_t after = k + 2 < end ? cycles.order[static_cast<size_t>(k) + 2] : j;
+      const int64_t after = k + ahead < end ? cycles.order[static_cast<size_t>(k + ahead)] : j;
       const T* next = from + after * s.x_stride;
       const A rest = A(1) - weight(i);
       if constexpr (Transposed) {
@@ -126,6 +136,24 @@ void mix_samples(const Samples& s, const Cycles& cycles, const T* x, U* y, const
   });
 }
 
+// The same out of place, sample after sample in the order of memory: for samples so short that to pass them in the
+// order of the cycles would mean to wait for each. What is read out of order is then the partner alone.
+template <bool Transposed, class T, class A = Acc<T>>
+void mix_short_samples(const Samples& s, const int64_t* partner, const T* x, T* y, const A* lam, bool one_lam) {
+  constexpr int64_t kLine = 64 / int64_t{sizeof(T)};
+  auto weight = [&](int64_t i) { return lam[one_lam ? 0 : i]; };
+  parallel(s.count, s.run, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t j = partner[i];
+      const T* next = x + partner[std::min(i + kFetched, end - 1)] * s.x_stride;
+      for (int64_t at = 0; at < s.run; at += kLine) __builtin_prefetch(next + at);
+      mix_elements<false, false>(x + i * s.x_stride, x + j * s.x_stride, y + i * s.y_stride, s.run, weight(i),
+                                 A(1) - weight(Transposed ? j : i), static_cast<const A*>(nullptr),
+                                 static_cast<const A*>(nullptr), next);
+    }
+  });
+}
+
 // lam as values of the arithmetic; raises where one is outside [0, 1].
 template <class A>
 const A* weights_of(const char* op, const Tensor& x, const Tensor& lam) {
@@ -142,19 +170,28 @@ template <bool Transposed>
 void mix_batch(const char* op, const Tensor& x, const Tensor& y, const Tensor& lam, const Tensor& perm) {
   check_floating(op, "x", x.scalar_type());
   check_permutation(op, x, perm);
-  const Cycles cycles(op, perm);
   dispatch(op, x.scalar_type(), [&]<class T>() {
     const auto* weights = weights_of<Acc<T>>(op, x, lam);
-    if (x.numel() == 0) return;
+    if (x.numel() == 0) return void(Cycles(op, perm));
     auto run = [&](const Tensor& from, const Tensor& to) {
       const Samples samples(to, from);
+      const bool in_place = from.const_data_ptr() == to.const_data_ptr();
+      if (!in_place && shorter<T>(samples, kShortBytes)) {
+        const auto partner = partners<Transposed>(op, perm);
+        mix_short_samples<Transposed>(samples, partner.data(), static_cast<const T*>(from.const_data_ptr()),
+                                      static_cast<T*>(to.mutable_data_ptr()), weights, lam.numel() == 1);
+        return true;
+      }
       if (!samples.unit) return false;
+      const Cycles cycles(op, perm);
       mix_samples<Transposed, false>(samples, cycles, static_cast<const T*>(from.const_data_ptr()),
-                                     static_cast<T*>(to.mutable_data_ptr()), weights, lam.numel() == 1,
-                                     from.const_data_ptr() == to.const_data_ptr(), Channels{});
+                                     static_cast<T*>(to.mutable_data_ptr()), weights, lam.numel() == 1, in_place,
+                                     Channels{});
       return true;
     };
-    if (run(x, y)) return;
+    const bool copied = x.const_data_ptr() == y.const_data_ptr() && x.size(0) >= kFewestCopied &&
+                        shorter<T>(Samples(x, x), kCopiedBytes);
+    if (run(copied ? torch::stable::clone(x) : x, y)) return;
     const Tensor plain = torch::stable::contiguous(x), mixed = empty(x.sizes(), x.scalar_type(), x);
     run(plain, mixed);
     Tensor result = y;

@@ -55,6 +55,10 @@ SHAPES: dict[str, Shape] = {
     "pairs, one weight": ((9, 33), "flip"),
     "nobody moves": ((4, 33), "identity"),
     "half move": ((20, 33), "fixed points"),
+    # Samples of more than 512 bytes are mixed in another order.
+    "long samples, pairs, one weight": ((9, 259), "flip"),
+    "long samples, nobody moves": ((4, 259), "identity"),
+    "long samples, half move": ((20, 259), "fixed points"),
     "no samples": ((0, 8), "identity"),
     "no elements": ((4, 0), "roll"),
     "images, in place": ((6, 3, 4, 18), "random", True),

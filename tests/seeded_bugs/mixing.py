@@ -41,6 +41,9 @@ NATIVE_BUGS = {
     "weights exchanged in C++": NativeBug(
         "math/mixup.h", "own * of_own + partner * of_partner", "own * of_partner + partner * of_own", "mixup"
     ),
+    "gradient of short samples by their own weight alone": NativeBug(
+        "cpu/mixup.cpp", "weight(Transposed ? j : i)", "weight(i)", "mixup"
+    ),
 }
 
 CUDA_BUGS = {
