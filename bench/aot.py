@@ -82,7 +82,7 @@ def complaints(note: str, code: Compiled, target: str) -> list[str]:
 
 def source(launch: Launch, target: GPUTarget) -> ASTSource:
     """What Triton's own launcher would compile for these arguments: aligned pointers, 1 and None as constants."""
-    args = launch.args
+    args = launch.checked().args
     if "LANES" in args:
         args = {**args, "LANES": releasing_lanes(launch.num_warps, amd=target.backend == "hip")}
     signature, constants, attributes = {}, {}, {}

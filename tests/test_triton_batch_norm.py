@@ -16,6 +16,8 @@ from fusedtricks._op import Op
 from fusedtricks.ops import _batch_norm as bn
 
 triton = pytest.importorskip("triton")
+tl = triton.language
+kernels = importlib.import_module("fusedtricks.triton_kernels.batch_norm_kernels")
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1, set before Python starts"
 )
@@ -277,3 +279,31 @@ def test_a_channel_longer_than_32_bits_is_left_to_the_reference():
     y, _, _ = fwd(x, None, None, None, None, None, None, 0.1, 1e-5, 0, 0.0, True, False)
     dx, *_ = bwd(x, x, None, None, None, stats, None, None, True, 0, 0.0, True, False, False, False)
     assert y.shape == dx.shape == x.shape
+
+
+@triton.jit
+def _counted(
+    out, runs, units, C, inner, total, across, down, along, chunks,
+    PLANES: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HELPED: tl.constexpr,
+):  # fmt: skip
+    channel = tl.arange(0, HELPED)[None, :]
+    found = tl.zeros([1, HELPED], tl.int64)
+    for first in range(0, kernels.contributors(units, C, chunks, across, PLANES, ALIGN), kernels.depth(HELPED)):
+        _, _, count = kernels.contributor(
+            first, channel, runs, units, C, inner, total, across, down, along, chunks, PLANES, ALIGN, ROWS, BLOCK
+        )
+        found += tl.sum(count.to(tl.int64), 0, keep_dims=True)
+    tl.store(out + channel, found, mask=channel < C)
+
+
+@pytest.mark.parametrize("shape", [(32_767, 65_537), (1000, 48)], ids=str)
+def test_samples_are_counted_up_to_32_bits(shape: tuple[int, int]) -> None:
+    launchers = importlib.import_module("fusedtricks.triton_kernels.batch_norm")
+    layout = launchers.Layout(shape[0], shape[1], 1)
+    c = launchers.cut(layout, False, False, torch.device("meta"))
+    args = launchers.sizes(layout, *c[:3]) | launchers.chunking(c)
+    for name in ("samples", "TAIL"):
+        del args[name]
+    out = torch.zeros(c.helped, dtype=torch.int64)
+    _counted[(1,)](out, **args, HELPED=c.helped)
+    assert (out[: shape[1]] == shape[0]).all()

@@ -250,7 +250,9 @@ def plan_apply(
     c = cut(shape, masked, is_flat(shape, masked, x), x.device)
     args = {"x": x, "residual": residual, "weight": weight, "bias": bias, "mean": mean, "rest": rest, "var": var}
     args |= {"y": y, "signs": signs, "stats": stats, "eps": eps, "slope": slope, "ACTIVATION": activation}
-    return Launch(apply, c.groups * c.chunks, args | sizes(shape, *c[:3]) | chunking(c), WARPS)
+    args |= sizes(shape, *c[:3]) | chunking(c)
+    del args["samples"]
+    return Launch(apply, c.groups * c.chunks, args, WARPS)
 
 
 def plan_backward(

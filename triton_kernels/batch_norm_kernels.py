@@ -392,7 +392,7 @@ def contributor(
         copies = length // C  # columns of a channel
         chunk = q // copies
         j = q % copies // inner * (C * inner) + channel * inner + q % inner
-        height = ((total - j + length - 1) // length).to(tl.int32)
+        height = ((tl.cast(total, tl.int64) - j + length - 1) // length).to(tl.int32)
         count = tl.minimum(tl.maximum(height - chunk * (down * ROWS), 0), down * ROWS)
         exists = (q < chunks // across * copies) & (channel < C)
         width = length

@@ -176,12 +176,23 @@ class Launch(NamedTuple):
     args: dict[str, Any]
     num_warps: int  # of 32 threads
     registers: int | None = None  # per thread at most; unasked, ptxas spills a few to fit one more program
+    contract: bool = True  # may a product be taken into a sum unrounded?
 
     def options(self, amd: bool = torch.version.hip is not None) -> dict[str, int]:
         limit = {} if amd or self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": waves(self.num_warps, amd), **limit}
+        exact = {} if self.contract else {"enable_fp_fusion": False}
+        return {"num_warps": waves(self.num_warps, amd), **limit, **exact}
+
+    def checked(self) -> Launch:
+        """Raises where arguments are not those of the kernel: the interpreter drops what Triton's launcher refuses."""
+        if self.args.keys() != set(self.kernel.arg_names):
+            wrong = self.args.keys() ^ set(self.kernel.arg_names)
+            raise TypeError(f"{self.kernel.__name__}: arguments missing or unknown: {', '.join(sorted(wrong))}")
+        return self
 
     def __call__(self, device: torch.device) -> None:
+        if INTERPRETED:
+            self.checked()
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             try:
                 self.kernel[(self.programs,)](**self.args, **self.options())
