@@ -55,6 +55,15 @@ class Snapshot {
     return true;
   }
 
+  int traverse(visitproc visit, void* arg) const {
+    Py_VISIT(dict_.ptr());
+    for (const auto& [key, value] : entries_) {
+      Py_VISIT(key.ptr());
+      Py_VISIT(value.ptr());
+    }
+    return 0;
+  }
+
   bool untouched() const { return version_ != 0 && version_ == version(); }
 
   bool unchanged() const {
@@ -82,20 +91,35 @@ constexpr size_t kAhead = 8;
 template <class List>
 void fetch_ahead(const List& list, size_t i) {
   if (i + kAhead >= list.size()) return;
-  const auto* impl = reinterpret_cast<const char*>(list[i + kAhead].tensor.unsafeGetTensorImpl());
+  __builtin_prefetch(list[i + kAhead].object.ptr());
+  const auto* impl = reinterpret_cast<const char*>(list[i + kAhead].impl);
   __builtin_prefetch(impl);
   __builtin_prefetch(impl + 64);
   __builtin_prefetch(impl + 128);
 }
 
-// A tensor and the place it had.
+const at::Tensor& unpack(py::handle object) {
+  if (!THPVariable_Check(object.ptr())) throw py::type_error("fusedtricks: expected a tensor");
+  return THPVariable_Unpack(object.ptr());
+}
+
+// A tensor and the place it had. It is held as a Python object, for who exchanges the insides of two tensors
+// (torch.utils.swap_tensors) wants no other owners.
 struct Placed {
-  at::Tensor tensor;
+  py::object object;
+  const c10::TensorImpl* impl;
   const void* data;
 
-  explicit Placed(const at::Tensor& t) : tensor(t), data(t.const_data_ptr()) {}
+  explicit Placed(py::handle t)
+      : object(py::reinterpret_borrow<py::object>(t)),
+        impl(unpack(t).unsafeGetTensorImpl()),
+        data(unpack(t).const_data_ptr()) {}
 
-  bool unchanged() const { return tensor.const_data_ptr() == data; }
+  const at::Tensor& tensor() const { return THPVariable_Unpack(object.ptr()); }
+  bool unchanged() const {
+    const at::Tensor& t = tensor();
+    return t.unsafeGetTensorImpl() == impl && t.const_data_ptr() == data;
+  }
 };
 
 // And its shape, in a list of all shapes and strides one after the other.
@@ -103,15 +127,19 @@ struct Parameter : Placed {
   at::ScalarType dtype;
   size_t dims, shape;
 
-  Parameter(const at::Tensor& t, std::vector<int64_t>& shapes)
-      : Placed(t), dtype(t.scalar_type()), dims(t.dim()), shape(shapes.size()) {
+  Parameter(py::handle object, std::vector<int64_t>& shapes) : Placed(object), shape(shapes.size()) {
+    const at::Tensor& t = tensor();
+    dtype = t.scalar_type();
+    dims = t.dim();
     shapes.insert(shapes.end(), t.sizes().begin(), t.sizes().end());
     shapes.insert(shapes.end(), t.strides().begin(), t.strides().end());
   }
 
   bool unchanged(const std::vector<int64_t>& shapes) const {
-    const auto sizes = tensor.sizes(), strides = tensor.strides();
-    if (!Placed::unchanged() || tensor.scalar_type() != dtype || sizes.size() != dims) return false;
+    if (!Placed::unchanged()) return false;
+    const at::Tensor& t = tensor();
+    const auto sizes = t.sizes(), strides = t.strides();
+    if (t.scalar_type() != dtype || sizes.size() != dims) return false;
     const int64_t* was = shapes.data() + shape;
     return std::equal(sizes.begin(), sizes.end(), was) && std::equal(strides.begin(), strides.end(), was + dims);
   }
@@ -128,11 +156,6 @@ bool follows(const at::Tensor& grad, const at::Tensor& param) {
     if (grad.size(d) != 1 && grad.stride(d) != param.stride(d)) return false;
   }
   return true;
-}
-
-const at::Tensor& unpack(py::handle object) {
-  if (!THPVariable_Check(object.ptr())) throw py::type_error("fusedtricks: expected a tensor");
-  return THPVariable_Unpack(object.ptr());
 }
 
 class Plan {
@@ -170,13 +193,13 @@ class Plan {
              py::handle table, bool guarded) {
     table_ = unpack(table);
     guarded_ = guarded;
-    for (auto p : params) rows_.emplace_back(unpack(p), shapes_);
+    for (auto p : params) rows_.emplace_back(p, shapes_);
     for (auto s : states) row_states_.emplace_back(py::reinterpret_borrow<py::dict>(s));
     for (auto list : tensors) {
-      for (auto t : list) others_.emplace_back(unpack(t));
+      for (auto t : list) others_.emplace_back(t);
     }
-    for (auto p : absent) absent_.push_back(unpack(p));
-    for (const auto& r : rows_) versions_.push_back(r.tensor._version());
+    for (auto p : absent) absent_.push_back(py::reinterpret_borrow<py::object>(p));
+    for (const auto& r : rows_) versions_.push_back(version(r.tensor()));
   }
 
   // Of the parameters, after the last step.
@@ -195,15 +218,16 @@ class Plan {
       if (!others_[i].unchanged()) return kStructure;
     }
     for (const auto& p : absent_) {
-      if (p.grad().defined()) return kStructure;
+      if (unpack(p).grad().defined()) return kStructure;
     }
     if (rows_.empty()) return changes;
     auto* const table = table_.mutable_data_ptr<int64_t>();
     for (size_t i = 0; i < rows_.size(); ++i) {
       fetch_ahead(rows_, i);
-      if (!rows_[i].unchanged(shapes_) || (guarded_ && rows_[i].tensor._version() != versions_[i])) return kStructure;
-      const at::Tensor& grad = rows_[i].tensor.grad();
-      if (!grad.defined() || !follows(grad, rows_[i].tensor)) return kStructure;
+      const at::Tensor& param = rows_[i].tensor();
+      if (!rows_[i].unchanged(shapes_) || (guarded_ && version(param) != versions_[i])) return kStructure;
+      const at::Tensor& grad = param.grad();
+      if (!grad.defined() || !follows(grad, param)) return kStructure;
       const auto at = reinterpret_cast<int64_t>(grad.const_data_ptr());
       int64_t& entry = table[i * kColumns + kGrad];
       if (entry != at) entry = at, changes |= kPointers;
@@ -211,17 +235,46 @@ class Plan {
     return changes;
   }
 
+  // For Python's garbage collector: an optimizer may belong to what it steps.
+  int traverse(visitproc visit, void* arg) const {
+    const auto all = [&](const auto& list, const auto& object_of) {
+      for (const auto& item : list) Py_VISIT(object_of(item));
+      return 0;
+    };
+    const auto itself = [](const py::object& object) { return object.ptr(); };
+    const auto held = [](const Placed& placed) { return placed.object.ptr(); };
+    Py_VISIT(groups_.ptr());
+    int stop = state_.traverse(visit, arg);
+    for (const auto* list : {&snapshots_, &row_states_}) {
+      for (const auto& s : *list) stop = stop ? stop : s.traverse(visit, arg);
+    }
+    for (const auto& list : params_) stop = stop ? stop : all(list, itself);
+    stop = stop ? stop : all(lists_, itself);
+    stop = stop ? stop : all(rows_, held);
+    stop = stop ? stop : all(others_, held);
+    return stop ? stop : all(absent_, itself);
+  }
+
+  // What it held afterwards is not to be asked about.
+  void clear() { const Plan last(std::move(*this)); }
+
   // Autograd must learn that the parameters (and, unscaled, the gradients) were written to.
   void bump_versions(bool gradients) {
     for (size_t i = 0; i < rows_.size(); ++i) {
-      const at::Tensor& t = rows_[i].tensor;
-      t.unsafeGetTensorImpl()->bump_version();
-      if (gradients) t.grad().unsafeGetTensorImpl()->bump_version();
-      versions_[i] = t._version();
+      const at::Tensor& t = rows_[i].tensor();
+      bump(t);
+      if (gradients) bump(t.grad());
+      versions_[i] = version(t);
     }
   }
 
  private:
+  // Tensors of inference mode have no version.
+  static int64_t version(const at::Tensor& t) { return t.is_inference() ? 0 : t._version(); }
+  static void bump(const at::Tensor& t) {
+    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  }
+
   int check_groups() {
     if (static_cast<size_t>(PyList_GET_SIZE(groups_.ptr())) != snapshots_.size()) return kStructure;
     int changes = kNothing;
@@ -231,12 +284,13 @@ class Plan {
       if (!snapshots_[g].untouched()) {
         const bool same_keys = snapshots_[g].compare([&](PyObject* key, PyObject*) {
           any = true;
-          structure = structure || structural_.count(py::handle(key).cast<std::string>());
+          structure = structure || (PyUnicode_Check(key) && structural_.count(py::handle(key).cast<std::string>()));
         });
         if (!same_keys || structure) return kStructure;
         snapshots_[g].take();
       }
-      if ((any || mutable_[g]) && read_hypers(g)) changes |= kHypers;
+      if (any || mutable_[g]) changes |= read_hypers(g);
+      if (changes & kStructure) return kStructure;
       PyObject* const params = lists_[g].ptr();
       if (static_cast<size_t>(PyList_GET_SIZE(params)) != params_[g].size()) return kStructure;
       for (size_t i = 0; i < params_[g].size(); ++i) {
@@ -246,15 +300,16 @@ class Plan {
     return changes;
   }
 
-  // True if a value differs from the one it had.
-  bool read_hypers(size_t g) {
-    bool changed = false;
+  // kHypers if a value differs from the one it had; kStructure if one that asks for a new table does.
+  int read_hypers(size_t g) {
+    int changes = kNothing;
     mutable_[g] = false;
     auto* const row = hyper_.mutable_data_ptr<double>() + g * kHyper;
     for (const auto& [key, columns] : live_) {
       PyObject* const value = PyDict_GetItemString(snapshots_[g].dict(), key.c_str());
       if (!value) continue;
-      if (PyList_Check(value)) mutable_[g] = true;
+      const bool fixed = PyFloat_CheckExact(value) || PyLong_Check(value) || PyTuple_CheckExact(value);
+      if (!fixed && !THPVariable_Check(value)) mutable_[g] = true;
       for (const auto& [index, column] : columns) {
         py::object part = py::reinterpret_borrow<py::object>(value);
         if (index >= 0) part = part[py::int_(index)];
@@ -265,13 +320,16 @@ class Plan {
           if (!there) mutable_[g] = true;
           number = there ? std::numeric_limits<double>::quiet_NaN() : value.item<double>();
         } else {
+          if (!PyFloat_CheckExact(part.ptr()) && !PyLong_Check(part.ptr())) mutable_[g] = true;
           number = PyFloat_AsDouble(part.ptr());
           if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
         }
-        if (row[column] != number) row[column] = number, changed = true;
+        if (row[column] == number) continue;
+        row[column] = number;
+        changes |= structural_.count(key) ? kStructure | kHypers : kHypers;
       }
     }
-    return changed;
+    return changes;
   }
 
   py::list groups_;
@@ -287,22 +345,41 @@ class Plan {
   std::vector<Placed> others_;  // states and what else rows point to
   std::vector<int64_t> shapes_;
   std::vector<Snapshot> row_states_;
-  std::vector<at::Tensor> absent_;
+  std::vector<py::object> absent_;
   std::vector<int64_t> versions_;
   bool guarded_ = false;
 };
+
+// Null while it is being made.
+Plan* plan_of(PyObject* self) {
+  const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return held.holder_constructed() ? held.value_ptr<Plan>() : nullptr;
+}
 
 }  // namespace
 }  // namespace fusedtricks
 
 PYBIND11_MODULE(_plan, m) {
   using fusedtricks::Plan;
+  using fusedtricks::plan_of;
   namespace py = pybind11;
   m.attr("torch") = TORCH_VERSION;
   m.attr("STRUCTURE") = static_cast<int>(fusedtricks::kStructure);
   m.attr("POINTERS") = static_cast<int>(fusedtricks::kPointers);
   m.attr("HYPERS") = static_cast<int>(fusedtricks::kHypers);
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::custom_type_setup([](PyHeapTypeObject* heap) {
+                     PyTypeObject* const type = &heap->ht_type;
+                     type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+                     type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+                       Py_VISIT(Py_TYPE(self));
+                       const Plan* const plan = plan_of(self);
+                       return plan ? plan->traverse(visit, arg) : 0;
+                     };
+                     type->tp_clear = [](PyObject* self) {
+                       if (Plan* const plan = plan_of(self)) plan->clear();
+                       return 0;
+                     };
+                   }))
       .def(py::init<py::list, py::dict, const py::dict&, const py::set&, py::handle, py::handle>())
       .def("watch", &Plan::watch)
       .def("versions", &Plan::versions)

@@ -70,9 +70,16 @@ def lerp(start, end, weight, rest):
 
 
 @triton.jit
-def lerp_squares(start, end, weight, rest):
-    """The same for squares, which may have overflowed: infinity stays infinity."""
-    return tl.where(start < float("inf"), lerp(start, end, weight, rest), start + end)
+def lerp_squares(start, g, weight, rest):
+    """The same from an average of squares to g^2. Where that overflows, its share may not; infinity stays infinity."""
+    square = g * g
+    return tl.where(start + square < float("inf"), lerp(start, square, weight, rest), rest * start + weight * g * g)
+
+
+@triton.jit
+def decayed(p, decay):
+    """What decoupled weight decay takes from p: nothing from infinite weights, which stay."""
+    return tl.where(tl.abs(p) < float("inf"), decay * p, 0.0)
 
 
 @triton.jit

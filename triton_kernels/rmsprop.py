@@ -26,7 +26,7 @@ def prepare(h, t, first, factor):
 def update(p, g, s0, s1, s2, c):
     lr, weight, rest, momentum, eps, l2, has_momentum, centered = c
     g = tl.where(l2 != 0, g + l2 * p, g)
-    s0 = lerp_squares(s0, g * g, weight, rest)
+    s0 = lerp_squares(s0, g, weight, rest)
     s2 = lerp(s2, g, weight, rest)
     # Of a constant gradient it is zero, and rounding may make it less.
     variance = tl.where(centered, larger(s0 - s2 * s2, s0 * 0), s0)

@@ -40,9 +40,9 @@ struct NAdam {
   static FT_HD V update(V p, V g, V (&s)[kStates], const Scalars<A>& c) {
     if (c.l2 != 0) g = g + c.l2 * p;
     s[0] = lerp(s[0], g, c.weight1, c.rest1);
-    s[1] = lerp_squares(s[1], g * g, c.weight2, c.rest2);
+    s[1] = lerp_squares(s[1], g, c.weight2, c.rest2);
     V u = (c.of_grad * g + c.of_average * s[0]) / (Math::root(s[1]) + c.eps);
-    if (c.decay != 0) u = u + c.decay * p;
+    if (c.decay != 0) u = u + decayed(p, c.decay);
     return u;
   }
 

@@ -57,11 +57,17 @@ FT_HD V lerp(V start, V end, A weight, A rest) {
   return weight < A(0.5) ? start + weight * (end - start) : end + rest * (start - end);
 }
 
-// The same for squares, which may have overflowed: infinity stays infinity.
+// The same from an average of squares to g^2. Where that overflows, its share may not; infinity stays infinity.
 template <class V, class A>
-FT_HD V lerp_squares(V start, V end, A weight, A rest) {
-  const V next = lerp(start, end, weight, rest);
-  return start < kInfinity<A> ? next : start + end;
+FT_HD V lerp_squares(V start, V g, A weight, A rest) {
+  const V square = g * g;
+  return start + square < kInfinity<A> ? lerp(start, square, weight, rest) : rest * start + weight * g * g;
+}
+
+// What decoupled weight decay takes from p: nothing from infinite weights, which stay.
+template <class V, class A>
+FT_HD V decayed(V p, A decay) {
+  return (p < kInfinity<A>)&(p > -kInfinity<A>) ? decay * p : V{};
 }
 
 // The larger one; NaN if either is.

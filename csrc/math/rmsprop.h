@@ -24,7 +24,7 @@ struct RMSprop {
   template <class Math, class V, class A>
   static FT_HD V update(V p, V g, V (&s)[kStates], const Scalars<A>& c) {
     if (c.l2 != 0) g = g + c.l2 * p;
-    s[0] = lerp_squares(s[0], g * g, c.weight, c.rest);
+    s[0] = lerp_squares(s[0], g, c.weight, c.rest);
     V variance = s[0];
     if (c.centered) {
       s[2] = lerp(s[2], g, c.weight, c.rest);

@@ -88,8 +88,6 @@ class FusedOptimizer(States):
             raise ValueError(f"Invalid state_dtype: {state_dtype}; expected None or torch.float32")
         if max_grad_norm is not None and not max_grad_norm >= 0.0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
-        if ema_decay is not None and not 0.0 <= ema_decay <= 1.0:
-            raise ValueError(f"Invalid ema_decay: {ema_decay}")
         if master_weights and stochastic_rounding:
             raise ValueError("master_weights are rounded to nearest; stochastic_rounding is for weights without them")
         self.master_weights, self.stochastic_rounding, self.state_dtype = (
@@ -97,8 +95,8 @@ class FusedOptimizer(States):
             stochastic_rounding,
             state_dtype,
         )
-        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self._forget()
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self._versions: dict[Tensor, int] = {}
         extra = {key: kwargs.pop(key, default) for key, default in self.extra_defaults.items()}
         if "fused" in inspect.signature(self.torch_class.__init__).parameters:
@@ -113,7 +111,7 @@ class FusedOptimizer(States):
         self.defaults.update(extra)
         if stochastic_rounding:
             # Below 2^53, so that float64 holds it with the step added.
-            self.defaults["rounding_seed"] = int(torch.randint(2**52, ()))
+            self.defaults["rounding_seed"] = int(torch.randint(2**52, (), device="cpu"))
         self._complete_groups()
         if self._by_torch() and (self._extras() or any(extra.get(k) for k in self.extra_defaults)):
             raise ValueError(
@@ -154,7 +152,7 @@ class FusedOptimizer(States):
         return FusedOptimizer.step(self, closure)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("master_weights", "stochastic_rounding", "state_dtype", "max_grad_norm", "ema_decay")
+        own = ("master_weights", "stochastic_rounding", "state_dtype", "max_grad_norm", "_ema_decay")
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},
@@ -180,23 +178,36 @@ class FusedOptimizer(States):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep the dtype they were saved in, and groups their `fused`, which is no state."""
-        fused = [group["fused"] for group in self.param_groups]
+        fused: list[Any] = []
         loaded: dict[str, Any] = {}
-        handle = self.register_load_state_dict_pre_hook(lambda _, d: loaded.update(d))  # the last: it sees what loads
+
+        def before(_: Any, given: dict[str, Any]) -> None:
+            loaded.update(given)
+            fused.extend(group["fused"] for group in self.param_groups)
+
+        def after(_: Any) -> None:
+            self._forget()
+            self._versions = {}
+            for group, flag in zip(self.param_groups, fused, strict=True):
+                group["fused"] = flag
+            ids = (i for g in loaded["param_groups"] for i in g["params"])
+            for i, p in zip(ids, (p for g in self.param_groups for p in g["params"]), strict=True):
+                for key, value in loaded["state"].get(i, {}).items():
+                    mine = self.state[p].get(key)
+                    if isinstance(value, Tensor) and isinstance(mine, Tensor) and mine.dtype != value.dtype:
+                        self.state[p][key] = value.to(p.device if key != "step" else mine.device)
+
+        # The last and the first of hooks: they see what loads, and leave to others what has been loaded.
+        handles = (
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         self._forget()
-        self._versions = {}
-        for group, flag in zip(self.param_groups, fused, strict=True):
-            group["fused"] = flag
-        ids = (i for g in loaded["param_groups"] for i in g["params"])
-        for i, p in zip(ids, (p for g in self.param_groups for p in g["params"]), strict=True):
-            for key, value in loaded["state"].get(i, {}).items():
-                mine = self.state[p].get(key)
-                if isinstance(value, Tensor) and isinstance(mine, Tensor) and mine.dtype != value.dtype:
-                    self.state[p][key] = value.to(p.device if key != "step" else mine.device)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -217,31 +228,56 @@ class FusedOptimizer(States):
 
     @property
     def grad_norm(self) -> Tensor:
-        return torch.zeros(()) if self._outcome is None else self._outcome[0]
+        if self._outcome is None:
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        return self._outcome[0].detach().clone()  # the next step writes there again
 
     @property
     def step_skipped(self) -> Tensor:
-        return torch.zeros((), dtype=torch.bool) if self._outcome is None else self._outcome[1] != 0
+        return torch.zeros((), dtype=torch.bool, device="cpu") if self._outcome is None else self._outcome[1] != 0
+
+    @property
+    def ema_decay(self) -> float | None:
+        return self._ema_decay
+
+    @ema_decay.setter
+    def ema_decay(self, value: float | None) -> None:
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"Invalid ema_decay: {value}")
+        before, self._ema_decay = getattr(self, "_ema_decay", None), value
+        if self._plan is None:
+            return
+        if value is None or before is None:
+            self._renew()
+        elif value != before:
+            self._hyper[:, _table.EMA_DECAY] = value
+            self._pending = HYPERS
 
     @contextlib.contextmanager
     def averaged_parameters(self) -> Iterator[None]:
-        """Inside the block the parameters hold their averages (`ema_decay`); afterwards their own values again."""
+        """Inside the block the parameters hold their averages (`ema_decay`); afterwards their own values again.
+
+        Raises:
+            RuntimeError: without `ema_decay`, and at a step inside the block, which would be lost.
+        """
         if self.ema_decay is None:
             raise RuntimeError("averaged_parameters: this optimizer was made without ema_decay")
-        with torch.no_grad():
-            averaged = [p for g in self.param_groups for p in g["params"] if "ema" in self.state.get(p, {})]
-            before = [p.detach().clone() for p in averaged]
-            for p in averaged:
-                p.copy_(self.state[p]["ema"])
+        self._renew()
+        averaged = [p for g in self.param_groups for p in g["params"] if "ema" in self.state.get(p, {})]
+        before = [p.detach().clone() for p in averaged]
+        followed = [p for p in averaged if self._versions.get(p) == p._version]  # nobody else has written to these
+        outside, self._averaging = self._averaging, True
         try:
+            with torch.no_grad():
+                for p in averaged:
+                    p.copy_(self.state[p]["ema"])
             yield
         finally:
-            self._harvest_versions()
+            self._averaging = outside
             with torch.no_grad():
                 for p, value in zip(averaged, before, strict=True):
                     p.copy_(value)
-            self._versions.update({p: p._version for p in averaged if p in self._versions})
-            self._plan = None
+            self._versions.update({p: p._version for p in followed})
 
     def push_hyperparameters(self) -> None:
         """Bring changes of lr, weight_decay, ... to captured CUDA graphs: call before replaying one.
@@ -258,6 +294,8 @@ class FusedOptimizer(States):
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if self._averaging:
+            raise RuntimeError(f"{type(self).__name__}: a step inside averaged_parameters() would be lost after it")
         plan = self._plan
         changes = STRUCTURE if plan is None else plan.check(self.param_groups, self.state)
         if changes & STRUCTURE:
@@ -274,6 +312,7 @@ class FusedOptimizer(States):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._capture_checked:
             self._check_capture()
+        changes, self._pending = changes | self._pending, 0
         if changes & HYPERS:
             self._find_live()
         norm = self._norm(grad_scale) if self._norm_apart else None
@@ -293,8 +332,15 @@ class FusedOptimizer(States):
             if self.master_weights:
                 self._versions.update({p: p._version for p in rows})
 
+    def _renew(self) -> None:
+        """The next step makes a new table."""
+        self._harvest_versions()
+        self._plan = None
+
     def _forget(self) -> None:
         self._plan = self._outcome = None
+        self._pending = 0  # changes that no plan tells of
+        self._averaging = False
         # Tensors that graphs captured before still use: a replay would write to what then has their memory.
         kept = [t for shard in getattr(self, "_shards", ()) for t in shard.captured()]
         self._captured: list[Tensor] = [*getattr(self, "_captured", ()), *kept]
@@ -319,14 +365,18 @@ class FusedOptimizer(States):
     @torch.no_grad()
     def _build(self) -> None:
         """The table of all parameters that have a gradient, and what makes it out of date."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    self._refuse_sparse(group, p)
         self._harvest_versions()
         unset = set(self._unset())
         fresh = {p: place for p, place in self._fresh.items() if p in unset}
         self._forget()
-        hyper = torch.zeros(len(self.param_groups), _table.HYPERS, dtype=torch.float64)
+        hyper = torch.zeros(len(self.param_groups), _table.HYPERS, dtype=torch.float64, device="cpu")
         hyper[:, _table.EMA_DECAY] = self.ema_decay or 0.0
         self._hyper = hyper
-        rows: dict[torch.device, list[tuple[int, int, Row, Tensor, Tensor | None]]] = {}
+        rows: dict[torch.device, list[Entry]] = {}
         seen: set[Tensor] = set()
         aside: dict[Tensor, Row] = {}
         wrapped, stream = False, 0
@@ -337,7 +387,6 @@ class FusedOptimizer(States):
                     self._absent.append(p)
                     continue
                 if p.grad.layout != torch.strided:
-                    self._refuse_sparse(group, p)
                     self._sparse.append((group, p))
                     self._drop([p] if p in fresh else ())
                     continue
@@ -354,6 +403,12 @@ class FusedOptimizer(States):
                     continue
                 source, row.grad = row.grad, follow(row.grad, row.param)
                 rows.setdefault(p.device, []).append((kind, g, row, p, None if source is row.grad else source))
+        for list_ in rows.values():
+            list_[:], shared = apart(list_)
+            for _, g, row, p, source in shared:  # one after the other
+                row.grad = row.grad if source is None else source
+                self._aside.append((g, row))
+                aside[p] = row
         for device, list_ in rows.items():
             self._shards.append(Shard(device, sorted(list_, key=lambda r: r[:2]), hyper))
         self._capture_checked = any(s.device.type != "cpu" for s in self._shards)
@@ -363,7 +418,8 @@ class FusedOptimizer(States):
         if self._shards:
             self._outcome = self._shards[0].outcome
         else:
-            self._outcome = local(self._fakes[0]).new_zeros(2, dtype=torch.float32) if self._fakes else torch.zeros(2)
+            like = local(self._fakes[0]) if self._fakes else hyper
+            self._outcome = like.new_zeros(2, dtype=torch.float32)
         self._remote = self._on_one_device()
         self._fresh = {p: None for p in self._absent if p in fresh}
         flagged = lambda row: row.flags & _table.FIRST_MOMENTUM  # noqa: E731
@@ -372,14 +428,14 @@ class FusedOptimizer(States):
             self._fresh.update({p: (shard, i) for i, (p, row) in numbered if flagged(row)})
         self._fresh.update({p: row for p, row in aside.items() if flagged(row)})
         self._plan = None
-        apart = wrapped or self._sparse or self._aside or self._fakes or len(self._shards) > 1
-        if _plan is None or apart or is_fake(hyper):
+        several = wrapped or self._sparse or self._aside or self._fakes or len(self._shards) > 1
+        if _plan is None or several or is_fake(hyper):
             if self._shards or self._aside:
                 self._read_hypers()
             return
         columns = {key: list(places) for key, places in self._columns()}
         plan = _plan.Plan(self.param_groups, self.state, columns, set(SHAPING | self.rule.shape), hyper, self._remote)
-        table, params, watched = torch.zeros(0, _table.COLUMNS, dtype=torch.int64), [], []
+        table, params, watched = torch.zeros(0, _table.COLUMNS, dtype=torch.int64, device="cpu"), [], []
         for shard in self._shards:
             table, params, watched = shard.table, shard.params, shard.watched()
         states = [self.state[p] for p in params if p in self.state]
@@ -445,9 +501,10 @@ class FusedOptimizer(States):
             real = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
             norms = [torch.linalg.vector_norm(g, dtype=_table.accumulate_dtype(g.dtype)) for g in real]
             norms = [n.to(self._outcome.device) for n in norms]
-            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device="cpu")
         if grad_scale is not None:
             norm = norm / grad_scale.to(norm.device)
+        norm = norm.detach()
         self._outcome[0] = norm.to(self._outcome.device)
         return norm
 
@@ -463,6 +520,7 @@ class FusedOptimizer(States):
         hypers = self._hyper.tolist()
         for g, row in self._aside:
             _table.update_row(self.rule, row, hypers[g], unscale, factor, grad_scale is not None)
+            row.grad = None
         for group, p in self._sparse:
             if grad_scale is not None:
                 p.grad._values().mul_(unscale)
@@ -482,6 +540,20 @@ class FusedOptimizer(States):
                 f"{name}: {len(self._absent)} parameters have no gradient; a graph captured now would never update "
                 "them. Run a backward pass that reaches them, or leave them out of the optimizer."
             )
+
+
+Entry = tuple[int, int, Row, Tensor, Tensor | None]
+
+
+def apart(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """Those whose parameters share no memory, and those that do with one before them."""
+    order, own, shared, end = sorted(range(len(entries)), key=lambda i: entries[i][2].param.data_ptr()), [], [], 0
+    for i in order:
+        param = entries[i][2].param
+        begin, size = param.data_ptr(), param.numel() * param.itemsize
+        (shared if size and begin < end else own).append(i)
+        end = max(end, begin + size)
+    return [entries[i] for i in sorted(own)], [entries[i] for i in sorted(shared)]
 
 
 def _taken(place: tuple[Shard, int] | Row | None) -> int:

@@ -42,10 +42,10 @@ class Shard:
             segments[-1][3] += taken
             cells.append(_cells(row, kind, group, start))
             start += taken
-        self.table = torch.tensor(cells, dtype=torch.int64).reshape(-1, _table.COLUMNS)
-        self.segments = torch.tensor(segments, dtype=torch.int64).reshape(-1, 4)
+        self.table = torch.tensor(cells, dtype=torch.int64, device="cpu").reshape(-1, _table.COLUMNS)
+        self.segments = torch.tensor(segments, dtype=torch.int64, device="cpu").reshape(-1, 4)
         self.progress = torch.zeros(len(entries) + 1, dtype=torch.int64, device=device)
-        self.outcome = torch.zeros(2, device=device)
+        self.outcome = torch.zeros(2, dtype=torch.float32, device=device)
         self.hyper = hyper
         # (group, column, number on this device): read at every step, and by captured graphs at every replay.
         self.live: list[tuple[int, int, Tensor]] = []
@@ -90,8 +90,13 @@ class Shard:
             norm = norm.to(self.device, non_blocking=True)
         op(table, self.segments, self.progress, hyper, self.outcome, grad_scale, found_inf, norm, max_norm)
         if grad_scale is not None:
-            for source, copy in self.copied:
-                source.copy_(copy)
+            with torch.no_grad():
+                for source, copy in self.copied:
+                    source.copy_(copy)
+        # Their addresses are in the table, and looked at before every step. Copies are made anew with a new table.
+        self.copied = []
+        for row in self.rows:
+            row.grad = None
 
     def _upload(self, changes: int) -> Tensor:
         """The table on the device."""
@@ -112,9 +117,12 @@ class Shard:
 
     def upload_hypers(self) -> None:
         if self.remote:
-            if self._staged_hyper is not None:  # a graph holds a copy from here, which must bring what holds now
-                self._staged_hyper.copy_(self.hyper)
             capturing = torch.cuda.is_current_stream_capturing()
+            # A graph copies from here at every replay, and must bring what holds now: but not to replays before.
+            if self._staged_hyper is not None and not torch.equal(self._staged_hyper, self.hyper):
+                if not capturing:
+                    torch.cuda.synchronize(self.device)
+                self._staged_hyper.copy_(self.hyper)
             if capturing and self._staged_hyper is None:
                 self._staged_hyper = self.hyper.pin_memory()
             # Otherwise a fresh buffer, as above: a host that is ahead must not change steps that are still to come.

@@ -36,7 +36,7 @@ class States(torch.optim.Optimizer):
             what = "stochastic_rounding" if self.stochastic_rounding else 'master_weights="remainder"'
             raise ValueError(f"{type(self).__name__}: {what} is for bfloat16 parameters, got {p.dtype}")
         if not (any(uses) or self.rule.counts or has_master or self.ema_decay is not None or self._rounding(p)):
-            return Row(local(p), local(p.grad), [None] * len(uses), flags=self._rounding(p), stream=stream)
+            return Row(local(p), plain(p.grad), [None] * len(uses), flags=self._rounding(p), stream=stream)
         state = self.state[p]
         self._scalars(group, p, state)
         # Read before they are made: what torch's first step sees is a missing buffer.
@@ -51,9 +51,8 @@ class States(torch.optim.Optimizer):
             states.append(local(state[name]) if used else None)
         if has_master:
             self._master(p, state)
-        if self.ema_decay is not None and "ema" not in state:
-            weights = local(state["master"]) if self.master_weights == "fp32" and has_master else p.detach()
-            state["ema"] = _like(p, torch.float32 if half else p.dtype).copy_(weights)
+        if self.ema_decay is not None:
+            self._average(p, state, has_master)
         flags |= self._rounding(p)
         if has_master and self.master_weights == "remainder":
             flags |= _table.REMAINDER
@@ -64,7 +63,7 @@ class States(torch.optim.Optimizer):
             local(state[k]) if k in state and on else None
             for k, on in (("master", has_master), ("ema", self.ema_decay is not None))
         ]
-        return Row(local(p), local(p.grad), states, *extra, step, factor, flags, stream)
+        return Row(local(p), plain(p.grad), states, *extra, step, factor, flags, stream)
 
     def _rounding(self, p: Tensor) -> int:
         return _table.STOCHASTIC if self.stochastic_rounding and p.dtype == torch.bfloat16 else 0
@@ -84,7 +83,8 @@ class States(torch.optim.Optimizer):
                 dtype = _get_scalar_dtype(is_fused=group.get("fused"))
                 state[name] = torch.full((), start, dtype=dtype, device=device)
             elif not isinstance(value, Tensor) or (p.is_cuda and value.device != p.device) or value.dtype not in dtypes:
-                state[name] = torch.as_tensor(value, dtype=torch.float32).to(device)
+                value = value if isinstance(value, Tensor) else torch.tensor(float(value), device=device)
+                state[name] = value.to(device, torch.float32)
         if len(wanted) == 2 and state[wanted[0]].dtype != state[wanted[1]].dtype:
             state[wanted[1]] = state[wanted[1]].to(state[wanted[0]].dtype)
 
@@ -113,13 +113,14 @@ class States(torch.optim.Optimizer):
         dtype = torch.int16 if remainder else torch.float32
         master = state.get("master")
         if master is None or master.dtype != dtype:
-            if master is None:
-                master = _like(p, dtype).copy_(torch.zeros_like(p) if remainder else p)
+            if master is None or master.dtype not in (torch.int16, torch.float32, torch.float64):
+                # One of 16 bits went through torch's load_state_dict, and what it had beyond the parameter is lost.
+                bits = torch.zeros_like(p) if remainder else p
             elif remainder:
-                master = _like(p, dtype).copy_(_table.split(master)[1])
+                bits = _table.split(master.float())[1]
             else:
-                master = _like(p, dtype).copy_(_table.join(p, master))
-            state["master"] = master
+                bits = _table.join(p, master) if master.dtype == torch.int16 else master
+            state["master"] = master = _like(p, dtype).copy_(bits)
         elif self._versions.get(p, p._version) != p._version:
             # Somebody else wrote to the parameter: there the master follows it.
             shown = p if remainder else _table.visible(local(master), p.dtype)
@@ -127,6 +128,14 @@ class States(torch.optim.Optimizer):
             master.copy_(kept)
         if dense(p) and not same_layout(master, p):
             state["master"] = _like(p, dtype).copy_(master)
+
+    def _average(self, p: Tensor, state: dict[str, Any], has_master: bool) -> None:
+        dtype = torch.float32 if p.dtype in SIXTEEN_BITS else p.dtype
+        ema = state.get("ema")
+        if ema is None:
+            ema = local(state["master"]) if self.master_weights == "fp32" and has_master else p.detach()
+        if "ema" not in state or ema.dtype != dtype:  # the model or torch's load_state_dict may have changed it
+            state["ema"] = _like(p, dtype).copy_(ema)
 
 
 def _like(p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,6 +145,14 @@ def _like(p: Tensor, dtype: torch.dtype) -> Tensor:
     if _op._C is not None and part.device.type == "cpu" and type(part) is Tensor:  # a fake one has no memory
         _op._C.advise_large_pages(part.data_ptr(), part.untyped_storage().nbytes())
     return like.zero_()
+
+
+def plain(grad: Tensor) -> Tensor:
+    """The local gradient as numbers in memory: complex ones may be conjugated or negated when they are read."""
+    grad = local(grad)
+    if type(grad) is not Tensor:
+        return grad
+    return grad.clone() if grad._is_zerotensor() else grad.resolve_conj().resolve_neg()
 
 
 def follow(grad: Tensor, param: Tensor) -> Tensor:
@@ -152,6 +169,11 @@ def kind_of(row: Row) -> int | None:
     if any(t.device != p.device or t.shape != p.shape for t in others) or row.grad.dtype != p.dtype:
         return None
     if any(not same_layout(t, p) for t in others[1:]):
+        return None
+    if row.ema is not None and row.ema.dtype != _table.accumulate_dtype(p.dtype):
+        return None
+    weights = torch.int16 if row.flags & _table.REMAINDER else torch.float32
+    if row.master is not None and row.master.dtype != weights:
         return None
     if (
         p.is_complex()

@@ -67,7 +67,7 @@ class Row:
     """One parameter with what its step reads and writes; tensors of the parameter's shape, of any strides."""
 
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None  # None once the step that the row was made for is done
     states: list[Tensor | None]
     master: Tensor | None = None
     ema: Tensor | None = None
@@ -116,9 +116,15 @@ def lerp(start: Tensor, end: Tensor, weight: float, rest: float) -> Tensor:
     return start + weight * (end - start) if weight < 0.5 else end + rest * (start - end)
 
 
-def lerp_squares(start: Tensor, end: Tensor, weight: float, rest: float) -> Tensor:
-    """The same for squares, which may have overflowed: infinity stays infinity."""
-    return torch.where(start < torch.inf, lerp(start, end, weight, rest), start + end)
+def lerp_squares(start: Tensor, g: Tensor, weight: float, rest: float) -> Tensor:
+    """The same from an average of squares to g^2. Where that overflows, its share may not; infinity stays infinity."""
+    square = g * g
+    return torch.where(start + square < torch.inf, lerp(start, square, weight, rest), rest * start + weight * g * g)
+
+
+def decayed(p: Tensor, decay: float) -> Tensor:
+    """What decoupled weight decay takes from p: nothing from infinite weights, which stay."""
+    return torch.where(p.abs() < torch.inf, decay * p, 0.0)
 
 
 def decays(h: Sequence[float]) -> tuple[float, float]:
@@ -244,7 +250,7 @@ def step_table(
     unscale = 1.0 if grad_scale is None else 1 / grad_scale.double().item()
     if max_norm is not None and norm is None:
         squares = [r.grad.double().square().sum() for r, _ in rows]
-        norm = torch.stack(squares).sum().sqrt() * abs(unscale) if squares else torch.zeros(())
+        norm = torch.stack(squares).sum().sqrt() * abs(unscale) if squares else torch.zeros((), device=table.device)
     if max_norm is not None:
         outcome[0] = norm
     if skip:
@@ -255,7 +261,7 @@ def step_table(
         row.taken = taken[i]
         update_row(rule, row, hypers[cells[GROUP]], unscale, factor, grad_scale is not None)
         taken[i] = row.taken
-    progress.copy_(torch.tensor(taken, dtype=torch.int64))  # with the counter, which stays
+    progress.copy_(torch.tensor(taken, dtype=torch.int64, device="cpu"))  # with the counter, which stays
 
 
 def at(cells: Sequence[int], device: torch.device) -> Row:

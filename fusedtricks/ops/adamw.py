@@ -40,12 +40,12 @@ def update(p: Tensor, g: Tensor, s: list[Tensor | None], c: Scalars) -> Tensor:
     if c.l2:
         g = g + c.l2 * p
     s[0] = _table.lerp(s[0], g, 1 - c.beta1, c.beta1)
-    s[1] = _table.lerp_squares(s[1], g * g, 1 - c.beta2, c.beta2)
+    s[1] = _table.lerp_squares(s[1], g, 1 - c.beta2, c.beta2)
     second = s[1]
     if c.amsgrad:
         second = s[2] = torch.maximum(s[2], s[1])
     u = c.rate * s[0] / (second.sqrt() + c.eps)
-    return u + c.decay * p if c.decay else u
+    return u + _table.decayed(p, c.decay) if c.decay else u
 
 
 ADAMW_RULE = Rule(

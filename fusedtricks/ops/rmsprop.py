@@ -33,7 +33,7 @@ def update(p: Tensor, g: Tensor, s: list[Tensor | None], c: Scalars) -> Tensor:
     u = lr g / (sqrt(v) + eps), or lr times the momentum buffer b = momentum b + g / (sqrt(v) + eps)."""
     if c.l2:
         g = g + c.l2 * p
-    s[0] = variance = _table.lerp_squares(s[0], g * g, 1 - c.alpha, c.alpha)
+    s[0] = variance = _table.lerp_squares(s[0], g, 1 - c.alpha, c.alpha)
     if c.centered:
         s[2] = _table.lerp(s[2], g, 1 - c.alpha, c.alpha)
         # Of a constant gradient it is zero, and rounding may make it less.
