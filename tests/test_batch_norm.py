@@ -325,3 +325,25 @@ def test_masks_of_every_back_end_are_the_same() -> None:
                     got = op.implementation(backend)(*args)[2]
                     assert got.shape == wanted.shape
                     assert torch.equal(got, wanted), f"{backend} {size} {layout}"
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.uint8, torch.bfloat16], ids=str)
+def test_counters_of_other_dtypes(dtype: torch.dtype, momentum: float | None) -> None:
+    """As a checkpoint that averages models may bring them."""
+    modules = [m.BatchNorm1d(5, momentum=momentum) for m in (nn, torch.nn)]
+    memory = torch.zeros(16, dtype=dtype)
+    for module, at in zip(modules, (3, 8), strict=True):
+        module.num_batches_tracked = memory[at]
+    for _ in range(3):
+        x = torch.randn(8, 5)
+        for module in modules:
+            module(x)
+    assert memory.nonzero().flatten().tolist() == [3, 8]
+    assert memory[3] == memory[8] == 3
+    torch.testing.assert_close(modules[0].running_mean, modules[1].running_mean)
+    torch.testing.assert_close(modules[0].running_var, modules[1].running_var)
+    wrong = torch.tensor(0, dtype=torch.int32)
+    op = Op.registry["batch_norm_fwd"].implementation("cpu")
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        op(x, None, None, None, None, None, wrong, 0.1, 1e-5, 0, 0.0, True, False)

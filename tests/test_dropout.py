@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +260,25 @@ def test_no_row_repeats() -> None:
     rows = (seeded(F.dropout, torch.ones(100_000, 64), 0.5) == 0).long()
     weights = torch.randint(1, 2**40, (64,))
     assert (rows * weights).sum(1).unique().numel() == 100_000
+
+
+def test_inference_tensors_are_not_written_to_outside() -> None:
+    with torch.inference_mode():
+        x = torch.ones(8)
+        fusedtricks.functional.dropout(x, 0.5, inplace=True)
+    kept = x.clone()
+    with pytest.raises(RuntimeError, match="InferenceMode"):
+        fusedtricks.functional.dropout(x, 0.5, inplace=True)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
+@pytest.mark.parametrize("module", [fusedtricks.nn.Dropout2d, fusedtricks.nn.Dropout3d])
+def test_without_channels(module: Any) -> None:
+    """torch only refuses to drop them."""
+    x = torch.ones(5)
+    assert module().eval()(x) is x
+    assert module(0.0)(x) is x
+    assert (module(1.0)(x) == 0).all()
+    with pytest.raises(RuntimeError, match="at least 2 dimensions"):
+        module()(x)

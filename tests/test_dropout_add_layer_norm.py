@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import CASES
@@ -118,3 +120,28 @@ def test_module() -> None:
 def kept_by_seed(x: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(5)
     return kept(x.shape, torch.randint(-(2**63), 2**63 - 1, (1,)), keep_of(0.3), 1)
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+@pytest.mark.parametrize("rms", [False, True])
+def test_second_derivatives_of_permuted_input(rms: bool, prenorm: bool) -> None:
+    """Through the sum, which is then a copy of what the kernel made."""
+    x = torch.randn(3, 2, 4, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    residual = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def composed() -> Any:
+        z = x + residual
+        y = torch.nn.functional.rms_norm(z, (4,), eps=1e-5) if rms else torch.nn.functional.layer_norm(z, (4,))
+        return (y, z) if prenorm else y
+
+    ours = lambda: fusedtricks.functional.dropout_add_layer_norm(  # noqa: E731
+        x, residual, None, None, 0.0, prenorm=prenorm, rms=rms
+    )
+    results = []
+    for f in (ours, composed):
+        ys = f()
+        first = torch.autograd.grad(
+            sum(y.pow(3).sum() for y in (ys if prenorm else (ys,))), (x, residual), create_graph=True
+        )
+        results.append((*first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), (x, residual))))
+    torch.testing.assert_close(*results)

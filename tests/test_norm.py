@@ -334,3 +334,17 @@ def test_nested_tensors_are_torch_s() -> None:
         assert not model[2](y).values().any()
         assert model[3](y).values().count_nonzero() < y.values().numel()
     torch.testing.assert_close(*found)
+
+
+def test_strided_nested_tensors() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(2, 5)])
+    ours = fusedtricks.nn.LayerNorm(5)(nested)
+    theirs = torch.nn.LayerNorm(5)(nested)
+    for a, b in zip(ours.unbind(), theirs.unbind(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fn", [fusedtricks.functional.layer_norm, fusedtricks.functional.rms_norm])
+def test_double_rows_whose_squares_overflow_under_vmap(fn: Any) -> None:
+    x = torch.randn(2, 4, dtype=torch.float64) * 1e200
+    torch.testing.assert_close(torch.vmap(lambda row: fn(row, (4,)))(x), fn(x, (4,)))

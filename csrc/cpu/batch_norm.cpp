@@ -428,6 +428,8 @@ Triple batch_norm_fwd(const Tensor& x, const MaybeTensor& residual, const MaybeT
                       bool need_mask) {
   const char* op = "batch_norm_fwd";
   check_input(op, x, std::nullopt, running_mean, running_var, activation);
+  STD_TORCH_CHECK(!counter || (counter->scalar_type() == ScalarType::Long && counter->numel() == 1), op,
+                  ": num_batches_tracked must be one int64");
   auto result = forward(op, x, residual, weight, bias, eps, activation, slope, need_y, need_mask, true, [](Tensor&) {});
   const auto& stats = std::get<1>(result);
   const int64_t samples = x.size(1) ? x.numel() / x.size(1) : 0;

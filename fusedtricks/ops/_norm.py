@@ -38,7 +38,7 @@ def rstd_of(centred: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     power = 512 if centred.dtype == torch.float64 else 64
     with torch.no_grad():
         overflow = ~torch.isfinite(centred.detach().square().mean(axes, keepdim=True))
-        scale = torch.where(overflow, 2.0**-power, 1.0).to(centred.dtype)
+        scale = torch.ones_like(overflow, dtype=centred.dtype).masked_fill(overflow, 2.0**-power)
     return scale * torch.rsqrt((centred * scale).square().mean(axes, keepdim=True) + eps * scale.square())
 
 
@@ -63,7 +63,8 @@ def laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
 def check(
     name: str, input: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, bias: Tensor | None = None
 ) -> int:
-    """Raise torch's error for input that torch refuses; return the number of normalised dimensions.
+    """Raise torch's error for input that torch refuses; return the number of normalised dimensions, or 0 where torch's
+    own code is to look at it.
 
     One expression decides, for this runs on every call; what was wrong is worked out only when something is.
     """
@@ -77,7 +78,9 @@ def check(
             and (weight is None or (weight.shape == shape and weight.device == input.device and weight.dtype in FLOATS))
             and (bias is None or (bias.shape == shape and bias.device == input.device and bias.dtype in FLOATS))
         )
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, RuntimeError):
+        if getattr(input, "is_nested", False):  # strided, without a shape
+            return 0
         fine = False
     return dims if fine else _explain(name, input, shape, weight=weight, bias=bias)
 

@@ -393,7 +393,13 @@ def forward_module(
     if not module.training:
         buffers = (*buffers[:2], None)
     momentum = module.momentum
-    if momentum is None and buffers[2] is None:
+    counter = buffers[2]
+    if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1):
+        # Kernels count in int64; a checkpoint may have brought another.
+        counter.add_(1)
+        momentum = 1.0 / float(counter) if momentum is None else momentum
+        buffers = (*buffers[:2], None)
+    elif momentum is None and counter is None:
         momentum = 0.0
     return _run(input, residual, module.weight, module.bias, buffers, training, momentum, module.eps, activation, slope)
 

@@ -106,8 +106,13 @@ def _dropout(
         return torch.nn.functional.dropout(input, p, training, inplace)
     if inplace:
         check_in_place("dropout", input)
+        apart = not torch.compiler.is_compiling() and input.is_inference()
+        if apart and not torch.is_inference_mode_enabled():
+            raise RuntimeError("dropout: inplace update to inference tensor outside InferenceMode is not allowed")
     if p == 1:
         return input.zero_() if inplace else torch.where(input.new_zeros((), dtype=torch.bool), input, 0.0)
+    if group < 0:
+        raise RuntimeError(f"Feature dropout requires at least 2 dimensions in the input, but got {input.dim()}")
     seed = DRAW if generator is None else new_seed(input.device, generator)
     return run(input, seed, keep_of(p), group, inplace)
 
@@ -217,10 +222,8 @@ def dropout3d(
 
 
 def _channel(input: Tensor) -> int:
-    """Elements of one channel of (N, C, ...)."""
-    if input.dim() < 2:
-        raise RuntimeError(f"Feature dropout requires at least 2 dimensions in the input, but got {input.dim()}")
-    return math.prod(input.shape[2:])
+    """Elements of one channel of (N, C, ...); negative where there are no channels, which dropping refuses."""
+    return math.prod(input.shape[2:]) if input.dim() > 1 else -1
 
 
 class Dropout(torch.nn.Dropout):

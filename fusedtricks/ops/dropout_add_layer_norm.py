@@ -107,11 +107,12 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         center: bool,
     ) -> tuple[Tensor, Tensor]:
         y, z, stats = forward(x, residual, weight, bias, seed, keep, eps, dims, center)
-        ctx.save_for_backward(z, weight, stats, seed)
+        ctx.strides = tuple(_norm.strides_like(t) for t in (x, residual))
+        z = _norm.laid_out(z, ctx.strides[0])
+        ctx.save_for_backward(z, weight, stats, seed)  # the sum that is returned: second derivatives go through it
         ctx.set_materialize_grads(False)
         ctx.keep, ctx.eps, ctx.dims, ctx.center = keep, eps, dims, center
-        ctx.strides = tuple(_norm.strides_like(t) for t in (x, residual))
-        return _norm.laid_out(y, ctx.strides[0]), _norm.laid_out(z, ctx.strides[0])
+        return _norm.laid_out(y, ctx.strides[0]), z
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -214,6 +215,8 @@ def dropout_add_layer_norm(
         raise ValueError("dropout_add_layer_norm: rms takes no bias")
     shape = tuple(x.shape[-1:]) if weight is None else tuple(weight.shape)
     dims = _norm.check("dropout_add_layer_norm", x, shape, weight, bias)
+    if not dims:
+        raise NotImplementedError("dropout_add_layer_norm: expected dense tensors, but got a nested one")
     if residual.shape != x.shape or residual.device != x.device or residual.dtype not in _norm.FLOATS:
         raise RuntimeError(
             f"dropout_add_layer_norm: expected residual to be floating, of the shape and device of x, {list(x.shape)} "

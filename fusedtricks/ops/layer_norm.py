@@ -133,6 +133,8 @@ def layer_norm(
         TypeError: arguments of the wrong kind.
     """
     dims = _norm.check("layer_norm", input, normalized_shape, weight, bias)
+    if not dims:
+        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
     input, weight, bias = _norm.autocast_fp32(input, weight, bias)
     if weight is not None and bias is not None and weight.dtype is not bias.dtype:
         # Kernels write both gradients in one dtype; the casts' own backward rounds each to its parameter's.

@@ -110,6 +110,8 @@ def rms_norm(
     if isinstance(input, Tensor) and input.is_complex():
         return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
     dims = _norm.check("rms_norm", input, normalized_shape, weight)
+    if not dims:
+        return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
     input, weight = _norm.autocast_fp32(input, weight)
     if eps is None:
         eps = torch.finfo(_norm.accumulate_dtype(input.dtype)).eps
