@@ -314,6 +314,47 @@ def test_rows_of_minus_infinity(classes: int) -> None:
     assert cross_entropy(torch.full((1, classes), -inf), torch.tensor([0])).isnan()
 
 
+@pytest.mark.parametrize("classes", [4, 43, 3001])
+@pytest.mark.parametrize("other", [inf, float("nan"), 1e38])
+@pytest.mark.parametrize("kind", ["labels", "pair", "distilled"])
+def test_weights_of_other_classes_need_not_be_finite(kind: str, other: float, classes: int) -> None:
+    """1 / count is infinite for a class that a batch lacks."""
+    x, labels = torch.randn(5, classes, requires_grad=True), torch.tensor([0, 1, 2, 1, 0])
+    weight = torch.full((classes,), other)
+    weight[:3] = torch.tensor([0.5, 1.0, 2.0])
+    target = MixedTarget(labels, labels, torch.rand(5)) if kind == "pair" else labels
+    if kind == "distilled":
+        distilled = fusedtricks.functional.distillation_loss
+        loss = distilled(x, torch.randn(5, classes), target, weight=weight, alpha=0.0)
+    else:
+        loss = cross_entropy(x, target, weight)
+    want = F.cross_entropy(x, labels, weight)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradient(loss, x), gradient(want, x))
+
+
+@pytest.mark.parametrize("top", [1e4, 3e9, 1e20])
+@pytest.mark.parametrize("classes", [5, 43, 3001])
+@pytest.mark.parametrize("kind", ["labels", "pair", "probabilities"])
+def test_the_largest_logit_less_itself_is_zero(kind: str, classes: int, top: float) -> None:
+    """Also where a temperature makes its last digit larger than what exp can take."""
+    x = torch.randn(4, classes)
+    x[:, :2] = torch.tensor([[top, top], [top, 0.0], [top, -top], [-top, top]])
+    x.requires_grad_()
+    largest = x.detach().argmax(1)
+    target = {"labels": largest, "pair": MixedTarget(largest, largest, torch.rand(4))}.get(
+        kind, F.one_hot(largest, classes).float()
+    )
+    for temperature in (0.07, 0.7, 3.0):
+        loss = cross_entropy(x, target, temperature=temperature, reduction="none")
+        true = torch.tensor([2.0, 1.0, 1.0, 1.0]).log()
+        torch.testing.assert_close(loss, true)
+        share = F.one_hot(largest, classes).float()
+        share[0, :2] = 0.5
+        want = (share - F.one_hot(largest, classes)) / temperature
+        torch.testing.assert_close(gradient(loss, x), want)
+
+
 @pytest.mark.parametrize("classes", [6, 40])
 def test_masked_logits_cost_nothing_unless_asked_for(classes: int) -> None:
     x = torch.randn(2, classes)
@@ -422,6 +463,20 @@ def test_the_loss_may_be_written_to(reduction: str, kind: str, linear: bool) -> 
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["labels", "pair"])
+def test_vmap_over_samples_with_class_weights(kind: str) -> None:
+    x, w, lam = torch.randn(5, 7), torch.rand(7), torch.rand(5)
+    a, b = torch.tensor([0, 3, 6, -100, 2]), torch.tensor([1, 1, -100, -100, 2])
+
+    def loss(x: Tensor, a: Tensor, b: Tensor, lam: Tensor, reduction: str = "sum") -> Tensor:
+        return cross_entropy(x, a if kind == "labels" else MixedTarget(a, b, lam), w, reduction=reduction)
+
+    made = torch.func.vmap(torch.func.grad(loss))(x, a, b, lam)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(made, gradient(loss(leaf, a, b, lam), leaf))
+    assert torch.func.vmap(loss)(x, a, b, lam).shape == (5,)
+
+
 def test_inplace_backward_is_noticed() -> None:
     leaf, y = torch.randn(5, 70, requires_grad=True), torch.randint(70, (5,))
     expected = gradient(F.cross_entropy(leaf, y), leaf)
@@ -437,6 +492,27 @@ def test_inplace_backward_is_noticed() -> None:
     saved = (leaf * 1.0).tanh()  # saves its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         cross_entropy(saved, y, inplace_backward=True).backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "inplace"),
+    [
+        (lambda x: x[:1].expand(5, 70), False),
+        (lambda x: x.as_strided((5, 70), (10, 1)), False),
+        (lambda x: x.as_strided((5, 70), (1, 1)), False),
+        (lambda x: x[:, ::2], True),
+        (lambda x: x.view(5, 14, 5).transpose(0, 2), True),
+    ],
+)
+def test_inplace_backward_of_shared_memory(call: Any, inplace: bool) -> None:
+    leaf, made = torch.randn(5, 70, requires_grad=True), []
+    for asked in (True, False):
+        x = call(leaf * 1.0)
+        y = torch.arange(x[:, 0].numel()).reshape(x[:, 0].shape) % x.shape[1]
+        loss = cross_entropy(x, y, inplace_backward=asked)
+        made.append(torch.autograd.grad(loss, (leaf, x)))
+        assert (made[-1][1].data_ptr() == x.data_ptr()) == (asked and inplace)
+    torch.testing.assert_close(*made)
 
 
 @pytest.mark.parametrize("size", [(4, 10), (4, 50), (4, 10, 3)])

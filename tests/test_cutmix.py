@@ -66,6 +66,9 @@ def test_errors() -> None:
         ("permutation", (x, None, 0.5, perm[:2]), {}),
         ("not a permutation", (x, None, 0.5, torch.tensor([0, 0, 1])), {}),
         ("a target for each", (x, torch.zeros(2), 0.5, perm), {}),
+        (r"lam in \[0, 1\], but got 1.5", (x, None, torch.tensor([0.5, 1.5, 0.5]), perm), {}),
+        (r"lam in \[0, 1\], but got -0.5", (x, None, torch.tensor(-0.5), perm), {"box": torch.tensor([0, 1, 0, 1])}),
+        (r"lam in \[0, 1\], but got nan", (x, None, torch.tensor(torch.nan), perm), {}),
     ):
         with pytest.raises(RuntimeError, match=message):
             cutmix(*args, **options)

@@ -12,7 +12,7 @@ from sweep import INTERPRETED
 from torch import Tensor
 
 from fusedtricks import MixedTarget
-from fusedtricks.functional import linear_cross_entropy
+from fusedtricks.functional import cross_entropy, linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="its kernels are those of cross_entropy")
 
@@ -126,6 +126,32 @@ def test_autocast_and_compile() -> None:
         torch.testing.assert_close(*made)
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(5)])
+def test_dtypes_under_autocast(bias: Tensor | None) -> None:
+    x, w, y = torch.randn(6, 4).bfloat16().requires_grad_(), torch.randn(5, 4, requires_grad=True), torch.arange(6) % 5
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, w, y, bias)
+        with pytest.raises(RuntimeError, match="one floating dtype"):
+            linear_cross_entropy(x, w.double(), y, bias)
+        with pytest.raises(RuntimeError, match="one floating dtype"):
+            linear_cross_entropy(x.long(), w, y, bias)
+    torch.testing.assert_close(
+        loss, linear_cross_entropy(x, w.bfloat16(), y, None if bias is None else bias.bfloat16())
+    )
+    assert [g.dtype for g in torch.autograd.grad(loss, (x, w))] == [torch.bfloat16, torch.float32]
+    with pytest.raises(RuntimeError, match="one floating dtype"):
+        linear_cross_entropy(x, w, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_meta_tensors(dtype: torch.dtype) -> None:
+    x, w = (torch.randn(s, device="meta", dtype=dtype, requires_grad=True) for s in ((6, 4), (5, 4)))
+    loss = linear_cross_entropy(x, w, torch.zeros(6, device="meta").long())
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    assert torch.autograd.grad(loss, w)[0].shape == w.shape
+    assert cross_entropy(x, torch.zeros(6, device="meta").long()).dtype == dtype
+
+
 def test_nothing_kept_and_no_rows() -> None:
     x, w = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     loss = linear_cross_entropy(x, w, torch.full((2, 3), -100))
@@ -138,6 +164,25 @@ def test_nothing_kept_and_no_rows() -> None:
         none = linear_cross_entropy(x[0, :0], w, torch.zeros(0).long(), reduction=reduction)
         assert none.shape == shape
         assert (torch.autograd.grad(none.sum(), w)[0] == 0).all()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("labels", [[0, -100, 1], [-100, -100, -100], [0, -100, 2]], ids=str)
+def test_classes_of_no_weight(labels: list[int], dtype: torch.dtype, mixed: bool) -> None:
+    """0 / 0 is NaN, in the gradient too, but for ignored rows."""
+    x, w, bias = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((3, 4), (5, 4), (5,)))
+    y, class_weight = torch.tensor(labels), torch.tensor([0.0, 0, 1, 1, 1])
+    target = MixedTarget(y, y.flip(0).where(y >= 0, -100), torch.rand(3)) if mixed else y
+    made = []
+    for fused in (True, False):
+        if fused:
+            loss = linear_cross_entropy(x, w, target, bias, class_weight=class_weight, chunk=2)
+        else:
+            loss = cross_entropy(torch.nn.functional.linear(x, w, bias), target, class_weight, out_dtype=torch.float32)
+        made.append((loss, *torch.autograd.grad(loss, (x, w, bias))))
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.float16 else {}
+    torch.testing.assert_close(*made, equal_nan=True, **tolerance)
 
 
 X, W, Y = torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3).long()

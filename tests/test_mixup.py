@@ -29,7 +29,7 @@ def eager(x: Tensor, lam: Tensor, perm: Tensor) -> Tensor:
 
 @BACKENDS
 @pytest.mark.parametrize("kind", ["random", "one cycle", "pairs", "identity", "half fixed"])
-@pytest.mark.parametrize("size", [(1, 3), (2, 5), (33, 2, 7), (65, 1027), (300, 3)])
+@pytest.mark.parametrize("size", [(1, 3), (2, 5), (33, 2, 7), (65, 1027), (300, 3), (65_537, 3)])
 def test_in_place_is_out_of_place(target, kind: str, size: tuple[int, ...]) -> None:
     """M1: whatever the cycles of the permutation."""
     N = size[0]
@@ -66,6 +66,13 @@ def test_targets(lam: Tensor | float) -> None:
     torch.testing.assert_close(dense, eager(soft, torch.as_tensor(lam), perm))
     torch.testing.assert_close(dense.sum(1), torch.ones(6))  # M2: also where both labels are the same
     assert mixup(x, None, lam, perm)[1] is None
+
+
+def test_a_number_is_as_wide_as_x() -> None:
+    x, perm = torch.randn(6, 5, dtype=torch.float64), torch.randperm(6)
+    mixed, target = mixup(x, torch.arange(6), 0.3, perm)
+    torch.testing.assert_close(mixed, eager(x, torch.tensor(0.3, dtype=torch.float64), perm), rtol=0, atol=1e-15)
+    assert target.lam.item() == 0.3
 
 
 @BACKENDS
@@ -163,9 +170,17 @@ def test_module() -> None:
         assert torch.equal(a, b)
     assert first[1].lam.shape == (64,)
     assert "alpha=0.4" in repr(module)
-    for options in ({"alpha": 0}, {"prob": 2}, {"partner": "nobody"}):
-        with pytest.raises(ValueError, match="Mixup"):
-            Mixup(**options)
+    inf, nan = float("inf"), float("nan")
+    for name, values in {
+        "alpha": (0, -1, inf, nan),
+        "cutmix_alpha": (0, -1, inf, nan),
+        "prob": (2, nan),
+        "switch_prob": (-0.1, 1.5, nan),
+        "partner": ("nobody",),
+    }.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"Mixup: expected .*{name}"):
+                Mixup(**{name: value})
 
 
 def test_the_generator_is_the_only_source() -> None:
@@ -192,6 +207,30 @@ def test_lam_is_of_beta(alpha: float) -> None:
     assert (folded >= 0.5).all()
     rare = Mixup(8.0, per_sample=True, prob=0.25).draw_lam(x, 8.0)
     assert abs((rare < 1).double().mean() - 0.25) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_lam_is_fp32_whatever_the_default(dtype: torch.dtype) -> None:
+    x, labels, before = torch.randn(6, 3, 4, 4), torch.arange(6), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for module in (Mixup(1), fusedtricks.nn.CutMix(1), Mixup(0.2, cutmix_alpha=1, switch_prob=1.0)):
+            for trained in (True, False):
+                mixed, target = module.train(trained)(x, labels)
+                assert mixed.dtype == target.lam.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("cls", [Mixup, fusedtricks.nn.CutMix])
+def test_no_target(cls: type[torch.nn.Module]) -> None:
+    x, module = torch.randn(6, 3, 4, 4), cls()
+    module.set_warmup(1)
+    for _ in range(2):
+        assert module(x, None)[1] is None
+    same, target = module.eval()(x, None)
+    assert same is x
+    assert target is None
 
 
 def test_partners() -> None:
@@ -230,6 +269,20 @@ def test_switch_to_cutmix() -> None:
     torch.testing.assert_close(own[moved], target.lam.double().expand(6)[moved])
     never = Mixup(8.0, cutmix_alpha=1.0, switch_prob=0.0)
     assert not torch.equal(never(images, labels)[0], never(images, labels)[0].round())
+
+
+def test_the_switch_leaves_dtype_and_range() -> None:
+    images, labels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8), torch.arange(6)
+    for switch in (0.0, 1.0):
+        module = Mixup(8.0, cutmix_alpha=1.0, switch_prob=switch)
+        (mixed, again), target = module([images, images], labels)
+        assert mixed.dtype == torch.float32
+        assert 0 <= mixed.min() < mixed.max() <= 1
+        assert torch.equal(mixed, again)
+        assert target.lam.dtype == torch.float32
+        assert module.eval()(images, labels)[0] is images
+    from_own = (mixed - images / 255).abs() < 1e-6
+    assert (from_own | ((mixed - images[target.b] / 255).abs() < 1e-6)).all()
 
 
 def test_compile() -> None:

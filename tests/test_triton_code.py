@@ -6,6 +6,7 @@ and one without.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -56,3 +57,26 @@ def test_a_sample_may_have_more_elements_than_32_bits_count() -> None:
 def test_no_spills_and_wide_accesses(note: str, launch: aot.Launch, target: str) -> None:
     wrong = aot.complaints(note, aot.compile_specialisation(launch, target), target)
     assert not wrong, f"{note} for {target}: {', '.join(wrong)}"
+
+
+@compiled
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_a_scaled_logit_is_rounded(target: str) -> None:
+    """z - top is 0 at the maximum only if no multiplication goes into the subtraction."""
+    from fusedtricks.ops._loss import Options
+    from fusedtricks.triton_kernels import cross_entropy as ce
+
+    scaled = Options(-100, 1.0, 0.0, 0.0, 0.0, 1 / 0.7, 1)
+    x, labels, losses = (
+        torch.empty(*s, dtype=d, device="meta") for s, d in (((64, 1000), None), ((64,), torch.int64), ((64,), None))
+    )
+    stats, total = torch.empty((3, 64), device="meta"), torch.empty((), device="meta")
+    args = ce.lay_out(x, x, x) | ce.common_args(labels, None, None, None, 1000, scaled) | {"weight_sum": None}
+    launches = ce.plan_forward(x, args, losses, losses, stats, scaled)
+    for launch in (*launches, ce.plan_backward(total, None, x, x, args, stats, total, scaled)):
+        fused = []  # multiplications that an addition has taken in; functions have some of their own
+        for each in (launch, launch._replace(contract=True)):
+            asm = aot.compile_specialisation(each, target).asm
+            code = asm["ptx"] if target.startswith("sm_") else asm["amdgcn"]
+            fused.append(len(re.findall(r"\bfma\.rn|v_(?:pk_)?(?:fma|mad)", code)))
+        assert fused[0] < fused[1]

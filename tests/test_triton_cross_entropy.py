@@ -54,6 +54,22 @@ def test_against_the_reference(size: tuple[int, ...], kind: str, options: str) -
         assert_no_worse(ours, reference, true, name=f"result {i}")
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_weights_of_other_classes_need_not_be_finite(distilled: bool) -> None:
+    x, labels = torch.randn(3, 40, requires_grad=True), torch.tensor([0, 1, 0])
+    weight = torch.full((40,), float("inf"))
+    weight[:2] = torch.tensor([0.5, 1.0])
+    with fusedtricks.backend("triton"):
+        if distilled:
+            loss = fusedtricks.functional.distillation_loss(x, torch.randn(3, 40), labels, weight=weight, alpha=0.0)
+        else:
+            loss = cross_entropy(x, labels, weight)
+        (ours,) = torch.autograd.grad(loss, x)
+    want = torch.nn.functional.cross_entropy(x, labels, weight)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(ours, *torch.autograd.grad(want, x))
+
+
 @pytest.mark.parametrize("classes", [3 * 4096, 600_000])
 def test_rows_of_minus_infinity_in_every_block(classes: int) -> None:
     for finite in (0, classes // 2, classes - 1):

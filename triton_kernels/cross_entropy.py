@@ -90,6 +90,11 @@ def split_rows(device: torch.device, tiles: int, C: int, block: int) -> tuple[in
     return triton.cdiv(C, length * block), length
 
 
+def contractible(o: _loss.Options) -> bool:
+    """Else z - top would not be 0 at the maximum, but what scale x was rounded by: see csrc/math/cross_entropy.h."""
+    return o.scale == 1
+
+
 def plan_forward(
     x: Tensor, args: dict[str, Any], losses: Tensor, mass: Tensor, stats: Tensor, o: _loss.Options
 ) -> list[Launch]:
@@ -100,11 +105,12 @@ def plan_forward(
     partial = torch.empty((4, R, splits), dtype=torch.float32, device=x.device) if splits > 1 else None
     args = args | {"x": x, "losses": losses, "mass": mass, "stats": stats, "partial": partial, "length": length}
     args |= {"SMOOTH": o.off != 0, "ROWS": rows, "BLOCK": block, "SPLITS": splits, "ONCE": block >= C}
-    launches = [Launch(fwd, tiles * splits, pick(args, fwd), warps, registers=65536 // (32 * 2 * warps))]
+    contract = contractible(o)
+    launches = [Launch(fwd, tiles * splits, pick(args, fwd), warps, 65536 // (32 * 2 * warps), contract)]
     if splits > 1:
         parts = triton.next_power_of_2(splits)
         args |= {"ROWS": max(1, 256 // parts), "PARTS": parts}
-        launches.append(Launch(join, triton.cdiv(R, args["ROWS"]), pick(args, join), 4))
+        launches.append(Launch(join, triton.cdiv(R, args["ROWS"]), pick(args, join), 4, contract=contract))
     return launches
 
 
@@ -123,7 +129,7 @@ def plan_backward(
     blocks = triton.cdiv(C, block)
     args = args | {"dloss": dloss, "dlse": dlse, "x": x, "y": y, "stats": stats, "total": total}
     args |= {"ONE_DLOSS": o.reduction != 0, "MEAN": o.reduction == 1, "ROWS": rows, "BLOCK": block, "BLOCKS": blocks}
-    return Launch(bwd, triton.cdiv(R, rows) * blocks, pick(args, bwd), warps)
+    return Launch(bwd, triton.cdiv(R, rows) * blocks, pick(args, bwd), warps, contract=contractible(o))
 
 
 def addressable(x: Tensor, y: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:

@@ -81,7 +81,7 @@ def of_labels(
     """(loss, mass, Q, share, alive) of rows whose targets are labels. weights: the sum of w over the classes."""
     a, b, mass_a, mass_b, share, alive = targets(target, other, lam, weight, index, live, ignore, C, ONE_LAM)
     mass = mass_a + mass_b
-    q = on * mass + off * share * weights
+    q = on * mass + tl.where(off * share != 0, off * share * weights, 0.0)  # weights need not be finite
     za = scaled(tl.load(x + x_at + a * x_step, mask=live, other=0.0).to(tl.float32), softcap, scale, CAP) - top
     inner = tl.where(on * mass_a != 0, on * mass_a * za, 0.0)
     if other is not None:
@@ -269,7 +269,7 @@ def bwd(
         gq = g[:, None] * (on * p.to(tl.float32) + off) * w[None, :]
     else:
         a, b, mass_a, mass_b, share, alive = targets(target, other, lam, weight, index, live, ignore, C, ONE_LAM)
-        gq = (g * off * share)[:, None] * w[None, :]
+        gq = (g * off * share)[:, None] * tl.where(off != 0, w, 0.0)[None, :]
         gq += tl.where(wide == a[:, None], (g * on * mass_a)[:, None], 0.0)
         if other is not None:
             gq += tl.where(wide == b[:, None], (g * on * mass_b)[:, None], 0.0)

@@ -334,7 +334,7 @@ def bwd(
         z = tl.load(x + (x_at[:, None] + wide * x_step), mask=mask, other=0.0).to(tl.float32) - top[:, None]
         w = tl.full([BLOCK], 1.0, tl.float32)
         if HARD and weight is not None:
-            w = tl.load(weight + cols, mask=cols < C, other=0.0)
+            w = tl.load(weight + cols, mask=(cols < C) & (off != 0), other=0.0)
         value = of_student(
             z, wide, w[None, :], u_slope, slope, g_off, a, at_a, b, at_b, alive, over, HARD, BOTH, PAIR
         )  # fmt: skip
@@ -358,6 +358,6 @@ def bwd(
             z = tl.load(x + (x_at[:, None] + c * x_step), mask=mask, other=0.0).to(tl.float32) - top[:, None]
             w = tl.full([ROWS, KNOWN], 1.0, tl.float32)
             if HARD and weight is not None:
-                w = tl.load(weight + c, mask=mask, other=0.0)
+                w = tl.load(weight + c, mask=mask & (off != 0), other=0.0)
             value = of_student(z, c, w, u_slope, slope, g_off, a, at_a, b, at_b, alive, over, HARD, BOTH, PAIR)
             tl.store(y + (y_at[:, None] + c * y_step), value - t_slope[:, None] * e, mask=mask)

@@ -202,7 +202,7 @@ void run_tiles(const Layout& l, const Loss<T, P, Plain>& loss, const Targets<A>&
 template <class T, class P, bool Plain, bool Probabilities>
 void run_layout(const Layout& l, const Targets<Acc<T>>& targets, const Pass<T>& pass) {
   const auto& o = targets.o;
-  const Loss<T, P, Plain> loss{o, {o.softcap, o.scale}, l.classes, targets.weight};
+  const Loss<T, P, Plain> loss{o, {o.softcap, o.scale}, l.classes, targets.of_classes()};
   if (l.strided) return run_tiles<true, T, P, Plain, Probabilities>(l, loss, targets, pass);
   if (l.classes <= kFewClasses) return run_tiles<false, T, P, Plain, Probabilities>(l, loss, targets, pass);
   run_rows<T, P, Plain, Probabilities>(l, loss, targets, pass);

@@ -106,6 +106,9 @@ struct Targets {
     }
   }
 
+  // Null where a class that is no label has no share.
+  const A* of_classes() const { return a && o.off == A(0) ? nullptr : weight; }
+
   void set(RowTarget<A>& t, int64_t r) const {
     if (a) {
       const int64_t first = (*a)[r];

@@ -108,7 +108,7 @@ void distill_rows(const Layout& l, const DistillationPass<T>& pass) {
   const int64_t R = l.rows.count, C = l.classes, known = Sparse ? pass.sparse->count : C;
   const Loss<T, T, true> student{{}, {}, C, nullptr};
   const Loss<P, P, true> teacher{{}, {}, known, nullptr};
-  const A* weight = pass.t ? pass.t->weight : nullptr;
+  const A* weight = pass.t ? pass.t->of_classes() : nullptr;
   const A over = pass.over;
   const bool smooth = pass.t && pass.t->o.off != A(0);  // else no class but the labels has a share of its own
   const bool far = goes_far(R * C * static_cast<int64_t>(sizeof(T)));

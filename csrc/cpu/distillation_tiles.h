@@ -62,7 +62,7 @@ template <bool Strided, class T, class P, class A = Acc<T>>
 void distill_tiles(const Layout& l, const DistillationPass<T>& pass, bool both) {
   constexpr int kP = kPositions<A>;
   const int64_t R = l.rows.count, C = l.classes;
-  const A* weight = pass.t ? pass.t->weight : nullptr;
+  const A* weight = pass.t ? pass.t->of_classes() : nullptr;
   const Loss<T, T, true> loss{{}, {}, C, nullptr};
   each_tile<Strided, T, P>(l, pass.dx, both ? 3 : 2, 2 * C, [&](A* scratch) {
     const size_t area = static_cast<size_t>(C) * kP;

@@ -185,7 +185,7 @@ struct Row {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = A(1);
     if constexpr (Plain) return;
-    if (a.weight) {
+    if (a.weight && (Soft || a.o.off != A(0))) {
 #pragma unroll
       for (int i = 0; i < N; ++i) to[i] = __ldg(a.weight + c + i);
     }

@@ -14,11 +14,12 @@ struct LossOptions {
   A on, off, z_loss, softcap, scale;
 };
 
-// z = scale softcap tanh(x / softcap), or scale x without a softcap, and dz / dx. V: A, or a register of it.
+// z = scale softcap tanh(x / softcap), or scale x without a softcap, and dz / dx. V: A, or a register of it. It is
+// rounded wherever it is used: the largest z less `top` must be 0, even where their last digit is larger than 1.
 template <class V, class A, class Tanh>
 FT_HD V scaled_logit(V x, A softcap, A scale, const Tanh& tanh) {
   if (softcap != A(0)) x = softcap * tanh(x / softcap);
-  return x * scale;
+  return rounded_product(x, scale);
 }
 
 template <class V, class A, class Tanh>
@@ -81,7 +82,7 @@ FT_HD void set_row_target(RowTarget<A>& t, int64_t a, int64_t b, A lam, const A*
   t.at_a = o.on * mass_a;
   t.at_b = o.on * mass_b;
   t.off = o.off * share;
-  t.q = o.on * (mass_a + mass_b) + o.off * share * weight_sum;
+  t.q = o.on * (mass_a + mass_b) + (t.off != A(0) ? t.off * weight_sum : A(0));  // weights need not be finite
   t.z = o.z_loss * share;
   t.mass = mass_a + mass_b;
   t.dead = share_a == A(0) && share_b == A(0);

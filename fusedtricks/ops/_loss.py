@@ -134,6 +134,11 @@ def labels_or_probabilities(op: str, input: Tensor, target: Tensor, call_torch: 
     return Target(class_last(target) if probabilities else target, None, None)
 
 
+def autocasting(kind: str) -> bool:
+    """Is autocast on for this kind of device? torch raises for one it has none for, such as "meta"."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def output_dtype(input: Tensor, wanted: torch.dtype | None, target: Tensor | None = None) -> torch.dtype:
     """What torch returns: the input's dtype, with probabilities the wider of both, and fp32 for 16-bit input under
     autocast."""
@@ -141,6 +146,6 @@ def output_dtype(input: Tensor, wanted: torch.dtype | None, target: Tensor | Non
         return wanted
     if target is not None and target.is_floating_point() and target.dtype != input.dtype:
         return torch.promote_types(input.dtype, target.dtype)
-    if input.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(input.device.type):
+    if input.dtype in (torch.bfloat16, torch.float16) and autocasting(input.device.type):
         return torch.float32
     return input.dtype

@@ -18,7 +18,7 @@ def check(name: str, x: Tensor, target: Any, lam: Tensor | float, perm: Tensor) 
         raise TypeError(f"{name}(): x and perm must be Tensors, not {type(x).__name__} and {type(perm).__name__}")
     if x.dim() == 0:
         raise RuntimeError(f"{name}: expected a batch of samples (N, ...), but got a 0-dimensional x")
-    N = x.shape[0]
+    N, arithmetic = x.shape[0], torch.float64 if x.dtype == torch.float64 else torch.float32
     if perm.shape != (N,) or perm.dtype != torch.int64:
         raise RuntimeError(
             f"{name}: expected perm to be a permutation of the {N} samples, int64 of shape ({N},), but got "
@@ -27,7 +27,7 @@ def check(name: str, x: Tensor, target: Any, lam: Tensor | float, perm: Tensor) 
     if not isinstance(lam, Tensor):
         if not 0 <= lam <= 1:
             raise ValueError(f"{name}: expected lam in [0, 1], but got {lam}")
-        lam = torch.full((), lam, dtype=torch.float32, device=x.device)
+        lam = torch.full((), lam, dtype=arithmetic, device=x.device)
     if (lam.dim() > 0 and lam.shape != (N,)) or not lam.is_floating_point():
         raise RuntimeError(
             f"{name}: expected lam to be a number, or floating of shape () or ({N},), but got {lam.dtype} of shape "
@@ -42,7 +42,7 @@ def check(name: str, x: Tensor, target: Any, lam: Tensor | float, perm: Tensor) 
     if target is not None and (not isinstance(target, Tensor) or target.dim() == 0 or target.shape[0] != N):
         got = f"shape {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
         raise RuntimeError(f"{name}: expected a target for each of the {N} samples, but got {got}")
-    return lam.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return lam.to(arithmetic)
 
 
 def uniform(
@@ -60,8 +60,14 @@ def check_values(name: str, lam: Tensor | None, perm: Tensor) -> None:
     N = perm.numel()
     if not torch.equal(perm.sort().values, torch.arange(N)):
         raise RuntimeError(f"{name}: perm is not a permutation of 0 to {N - 1}")
-    if lam is not None and not bool(((lam >= 0) & (lam <= 1)).all()):
-        raise RuntimeError(f"{name}: expected lam in [0, 1]")
+    if lam is not None:
+        check_lam(name, lam)
+
+
+def check_lam(name: str, lam: Tensor) -> None:
+    wrong = lam[~((lam >= 0) & (lam <= 1))]
+    if wrong.numel():
+        raise RuntimeError(f"{name}: expected lam in [0, 1], but got {wrong[0].item()}")
 
 
 def per_sample(lam: Tensor, x: Tensor) -> Tensor:
@@ -73,9 +79,11 @@ def inverse(perm: Tensor) -> Tensor:
     return torch.empty_like(perm).scatter_(0, perm, torch.arange(perm.numel(), device=perm.device))
 
 
-def unmixed(target: Tensor, x: Tensor) -> Any:
+def unmixed(target: Tensor | None, x: Tensor) -> Any:
     """The target of a batch that is left as it is."""
-    return target if target.is_floating_point() else MixedTarget(target, target, torch.ones((), device=x.device))
+    if target is None or target.is_floating_point():
+        return target
+    return MixedTarget(target, target, torch.ones((), dtype=torch.float32, device=x.device))
 
 
 def check_in_place(name: str, x: Tensor) -> None:
@@ -101,8 +109,8 @@ class Mixing(torch.nn.Module):
         self, alpha: float, per_sample: bool, fold: bool, prob: float, partner: str, generator: torch.Generator | None
     ):
         super().__init__()
-        if not alpha > 0:
-            raise ValueError(f"{type(self).__name__}: expected alpha > 0, but got {alpha}")
+        if not 0 < alpha < float("inf"):
+            raise ValueError(f"{type(self).__name__}: expected a finite alpha > 0, but got {alpha}")
         if not 0 <= prob <= 1:
             raise ValueError(f"{type(self).__name__}: expected prob in [0, 1], but got {prob}")
         if partner not in self.PARTNERS:
@@ -131,7 +139,7 @@ class Mixing(torch.nn.Module):
     def draw_lam(self, x: Tensor, alpha: float) -> Tensor:
         """lam ~ Beta(alpha, alpha), fp32, drawn on the device of x: () or (N,)."""
         shape = (x.shape[0],) if self.per_sample else ()
-        concentration = torch.full((*shape, 2), alpha, device=x.device)
+        concentration = torch.full((*shape, 2), alpha, dtype=torch.float32, device=x.device)
         lam = torch._sample_dirichlet(concentration, generator=self.generator)[..., 0].clamp(0, 1)
         if self.fold:
             lam = torch.maximum(lam, 1 - lam)
@@ -153,7 +161,7 @@ class Mixing(torch.nn.Module):
     def draw_once(self, prob: float) -> bool:
         """True with probability `prob`, decided on the host by its own generator, so without a sync."""
         host = self.generator if self.generator is not None and self.generator.device.type == "cpu" else None
-        return bool(torch.rand((), generator=host) < prob)
+        return bool(torch.rand((), dtype=torch.float32, generator=host) < prob)
 
 
 def same_class(target: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -80,7 +80,8 @@ def halves(target: Target, weight: Tensor | None, classes: int, ignore_index: in
         kept, inside = labels != ignore_index, (labels >= 0) & (labels < classes)
         safe = torch.where(kept & inside, labels, 0)
         m = torch.where(kept, m, 0.0).to(dtype)
-        mass = m if weight is None else torch.where(kept, m * weight[safe], 0.0)
+        # An index of no dimensions would be read on the host, which vmap refuses.
+        mass = m if weight is None else torch.where(kept, m * weight[safe.reshape(-1)].reshape(safe.shape), 0.0)
         found.append((safe, kept, m, torch.where(kept & ~inside, torch.nan, mass)))
     return found
 
@@ -95,7 +96,8 @@ def coefficients(logits: Tensor, target: Target, weight: Tensor | None, o: Optio
     parts = halves(target, weight, classes, o.ignore_index, dtype)
     share = sum(m for _, _, m, _ in parts)
     q = (o.off * share).unsqueeze(-1).expand(logits.shape)
-    q = q if weight is None else torch.where(weight != 0, q * weight, 0.0)
+    if weight is not None and o.off:
+        q = torch.where(weight != 0, q * weight, 0.0)
     for label, _, _, mass in parts:
         q = q.scatter_add(-1, label.unsqueeze(-1), (o.on * mass).unsqueeze(-1))
     alive = [kept & (m != 0) for _, kept, m, _ in parts]
@@ -279,12 +281,13 @@ class _CrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "cross_entropy: a second backward through inplace_backward=True: the first one overwrote the logits"
             )
-        logits, target, other, lam, weight, stats, total, loss = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets nobody ask again
+        logits, target, other, lam, weight, stats, total, loss = saved
         o, need = ctx.o, ctx.needs_input_grad
         if dloss is None and dlse is None:
             return (None,) * 10
         if differentiating():
-            return _composed_backward(ctx, dloss, dlse)
+            return _composed_backward(ctx, saved, dloss, dlse)
         if dloss is None:
             dloss = total.new_zeros(logits.shape[:-1] if o.reduction == 0 else ())
         dlogits = dtarget = dlam = None
@@ -317,8 +320,10 @@ def _composed(logits: Tensor, t: Target, weight: Tensor | None, o: Options) -> t
     return reduced(loss, mass, o), log_sum_exp(torch.stack(top_and_sum(scaled(logits, o))))
 
 
-def _composed_backward(ctx: Any, dloss: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, target, other, lam, weight, *_ = ctx.saved_tensors
+def _composed_backward(
+    ctx: Any, saved: tuple[Any, ...], dloss: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    logits, target, other, lam, weight, *_ = saved
     inputs = [logits, target, other, lam]
     wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
     # Fresh nodes: what the gradients depend on are the saved tensors, not the graph behind them.
@@ -380,7 +385,7 @@ def cross_entropy(
             Arithmetic is fp32 (fp64 for fp64) anyway.
         inplace_backward: backward writes the gradient over the logits, saving a tensor of their size. Nobody else may
             need them then: their version is bumped, so that autograd notices, and a second backward raises.
-            Has no effect under torch.compile or with `create_graph=True`.
+            Has no effect under torch.compile, with `create_graph=True`, or on logits whose elements share memory.
 
     Returns:
         The loss, () or of the labels' shape; with return_lse or topk a tuple (loss[, lse][, correct]).
@@ -443,7 +448,7 @@ def _run(
         logits.requires_grad or t.first.requires_grad or (t.lam is not None and t.lam.requires_grad)
     )
     if graded:
-        inplace = inplace and not compiling and logits.requires_grad
+        inplace = inplace and not compiling and logits.requires_grad and not _overlapping(logits)
         early = (
             not (compiling or inplace or need_lse) and logits.requires_grad and o.reduction != 0 and _one_pass(logits)
         )
@@ -452,6 +457,17 @@ def _run(
         loss, stats, _, _, rank = cross_entropy_fwd(logits, *t, weight, *o, False, bool(topk))
         lse = log_sum_exp(stats).reshape(logits.shape[:-1]) if need_lse else None
     return loss, lse, _correct(rank, t, topk)
+
+
+def _overlapping(t: Tensor) -> bool:
+    """May two elements be one in memory, as after expand? True also of some strange strides where none are."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _one_pass(logits: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, transforming
+from fusedtricks._op import Op, differentiating, readable, transforming
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _mixing, _norm, mixup
 from fusedtricks.ops._target import MixedTarget
@@ -131,6 +131,8 @@ def cutmix(
     lam = _mixing.check("cutmix", x, target, lam, perm)
     if x.dim() < 3:
         raise RuntimeError(f"cutmix: expected images (N, *, H, W), but got {x.dim()} dimensions")
+    if lam.device.type == "cpu" and not torch.compiler.is_compiling() and readable(lam):
+        _mixing.check_lam("cutmix", lam)  # no kernel sees it
     box, lam = boxes(x, lam, box, generator)
     return run(x, perm, box), mixup.mix_target(target, lam, perm)
 
@@ -151,7 +153,9 @@ def boxes(x: Tensor, lam: Tensor, box: Tensor | None, generator: torch.Generator
     return clipped.reshape(-1, 4), 1 - (sides[0] * sides[1]).float() / max(H * W, 1)
 
 
-def mix_all(x: Any, target: Tensor, lam: Tensor, perm: Tensor, generator: torch.Generator | None) -> tuple[Any, Any]:
+def mix_all(
+    x: Any, target: Tensor | None, lam: Tensor, perm: Tensor, generator: torch.Generator | None
+) -> tuple[Any, Any]:
     """Every image of a tuple by the same draw, which the size of the first decides."""
     first = x[0] if isinstance(x, (tuple, list)) else x
     box, lam = boxes(first, lam, None, generator)
@@ -172,7 +176,7 @@ class CutMix(_mixing.Mixing):
     ):
         super().__init__(alpha, per_sample, False, prob, partner, generator)
 
-    def forward(self, x: Any, target: Tensor) -> tuple[Any, Any]:
+    def forward(self, x: Any, target: Tensor | None) -> tuple[Any, Any]:
         first = x[0] if isinstance(x, (tuple, list)) else x
         if not self.training or self.plain():
             return x, _mixing.unmixed(target, first)

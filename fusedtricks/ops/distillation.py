@@ -256,10 +256,11 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, indices, *labels, stats, total = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets nobody ask again
+        student, teacher, indices, *labels, stats, total = saved
         o, need = ctx.o, ctx.needs_input_grad
         if differentiating():
-            return _composed_backward(ctx, dloss)
+            return _composed_backward(ctx, saved, dloss)
         dteacher = teacher_gradient(dloss, student, teacher, indices, stats, *o[3:]) if need[1] else None
         dstudent = None
         args = (student, teacher, indices, *labels, stats, total, *o)
@@ -276,8 +277,8 @@ class _Distillation(torch.autograd.Function):
         return dstudent, dteacher, *(None,) * 7
 
 
-def _composed_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    student, teacher, indices, target, other, lam, weight, *_ = ctx.saved_tensors
+def _composed_backward(ctx: Any, saved: tuple[Any, ...], dloss: Tensor) -> tuple[Tensor | None, ...]:
+    student, teacher, indices, target, other, lam, weight, *_ = saved
     # Fresh nodes: what the gradients depend on are the saved tensors, not the graph behind them.
     inputs = [t.view_as(t) for t in (student, teacher)]
     wanted = [i for i in range(2) if ctx.needs_input_grad[i]]

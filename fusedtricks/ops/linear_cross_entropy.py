@@ -108,30 +108,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets nobody ask again
         if differentiating():
-            return _composed_backward(ctx, dloss)
-        x, weight, bias, *target, class_weight, total, loss, dx, dweight, dbias = ctx.saved_tensors[:12]
+            return _composed_backward(ctx, saved, dloss)
+        x, weight, bias, *target, class_weight, total, loss, dx, dweight, dbias = saved[:12]
         found: list[Tensor | None] = [None] * 10
         if ctx.again:
-            found[:6] = _made_again(ctx, dloss, x, weight, bias, Target(*target), class_weight, total, loss)
+            found[:6] = _made_again(ctx, dloss, x, weight, bias, Target(*target), class_weight, total, loss, saved[12:])
             return tuple(found)
-        factor = dloss / total if ctx.o.reduction == 1 else dloss
+        factor = of_rows = dloss
         if ctx.o.reduction == 1:
-            factor = torch.where(total == 0, 0.0, factor)  # nothing was kept
-        for i, (made, like) in enumerate(zip((dx, dweight, dbias), (x, weight, bias), strict=True)):
-            found[i] = None if made is None else (made * factor).to(like.dtype)
+            factor = of_rows = torch.where(total == 0, 0.0, dloss / total)  # nothing was kept
+            if class_weight is not None and not target[0].is_floating_point():
+                # Or what was kept weighs nothing, which is 0 / 0.
+                kept = _kept(Target(*target), weight.shape[0], ctx.o)
+                factor = torch.where((total == 0) & kept.any(), torch.nan, factor)
+                of_rows = torch.where(kept.unsqueeze(-1), factor, 0.0)
+        for i, (made, by, like) in enumerate(
+            zip((dx, dweight, dbias), (of_rows, factor, factor), (x, weight, bias), strict=True)
+        ):
+            found[i] = None if made is None else (made * by).to(like.dtype)
         return tuple(found)
+
+
+def _kept(target: Target, classes: int, o: Options) -> Tensor:
+    """Which rows are not ignored altogether."""
+    alive = [kept & (m != 0) for _, kept, m, _ in ce.halves(target, None, classes, o.ignore_index, torch.float32)]
+    return alive[0] | alive[-1]
 
 
 def _made_again(
     ctx: Any, dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Target,
-    class_weight: Tensor | None, total: Tensor, loss: Tensor | None,
+    class_weight: Tensor | None, total: Tensor, loss: Tensor | None, stats_of: tuple[Tensor, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of x, weight, bias, class probabilities, nothing, and lam, from logits made once more."""
     o, need = ctx.o, ctx.need
     grads, of_target = _Gradients(x, weight, bias, need[:3]), []
     memory = x.new_empty(min(ctx.chunk, x.shape[0]), weight.shape[0])
-    for stats, here in zip(ctx.saved_tensors[12:], chunks(x.shape[0], ctx.chunk), strict=True):
+    for stats, here in zip(stats_of, chunks(x.shape[0], ctx.chunk), strict=True):
         logits, t = logits_of(x[here], weight, bias, memory), part(target, here)
         d, row = (v if v is None or o.reduction != 0 else v[here] for v in (dloss, loss))
         if any(need[3:]):
@@ -156,12 +170,12 @@ def _composed(
     return ce.reduced(*ce.losses(torch.nn.functional.linear(x, weight, bias), t, class_weight, o), o)
 
 
-def _composed_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = list(ctx.saved_tensors[:6])
+def _composed_backward(ctx: Any, saved: tuple[Any, ...], dloss: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = list(saved[:6])
     wanted = [i for i in range(6) if ctx.needs_input_grad[i]]
     # Fresh nodes: what the gradients depend on are the saved tensors, not the graph behind them.
     inputs = [t.view_as(t) if i in wanted else t for i, t in enumerate(inputs)]
-    loss = _composed(*inputs[:3], Target(*inputs[3:]), ctx.saved_tensors[6], ctx.o)
+    loss = _composed(*inputs[:3], Target(*inputs[3:]), saved[6], ctx.o)
     found: list[Tensor | None] = [None] * 10
     grads = torch.autograd.grad(loss, [inputs[i] for i in wanted], dloss, create_graph=True)
     for i, grad in zip(wanted, grads, strict=True):
@@ -170,6 +184,13 @@ def _composed_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------
+
+
+def _autocast(t: Any) -> Any:
+    """As torch's linear takes it: under autocast in its dtype, but for float64."""
+    if not isinstance(t, Tensor) or t.dtype not in FLOATS - {torch.float64} or not _loss.autocasting(t.device.type):
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
 
 
 def _check(x: Any, weight: Any, bias: Any, reduction: str, label_smoothing: float, chunk: Any) -> None:
@@ -248,7 +269,8 @@ def linear_cross_entropy(
     """cross_entropy(linear(x, weight, bias), target) without the logits (N, C) ever existing.
 
     Args:
-        x: (*, D) features. weight: (C, D). bias: (C) or none. All of one floating dtype.
+        x: (*, D) features. weight: (C, D). bias: (C) or none. All of one floating dtype, as under autocast any but
+            float64 become.
         target: labels (*), class probabilities (*, C), or a :class:`fusedtricks.MixedTarget` of labels (*).
         class_weight: (C), the `weight` of :func:`cross_entropy`; the other arguments are those of it as well.
         reduction: "none", "mean" or "sum". "none" makes the logits twice, as do fp16 and a gradient of the target.
@@ -262,13 +284,12 @@ def linear_cross_entropy(
         RuntimeError: shapes, dtypes or devices that do not fit. IndexError: a label that is no class, on the CPU.
         ValueError: a reduction or a chunk that is none. NotImplementedError: class_weight that requires grad.
     """
+    x, weight, bias = (_autocast(t) for t in (x, weight, bias))
     _check(x, weight, bias, reduction, label_smoothing, chunk)
     _loss.check_positive("linear_cross_entropy", softcap=softcap, temperature=temperature)
     kind, classes, autocast = x.device.type, weight.shape[0], contextlib.nullcontext()
-    if torch.is_autocast_enabled(kind):
-        # As for torch's linear; then off, since chunks are written into memory of that dtype.
-        low, autocast = torch.get_autocast_dtype(kind), torch.autocast(kind, enabled=False)
-        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(low) for t in (x, weight, bias))
+    if _loss.autocasting(kind):
+        autocast = torch.autocast(kind, enabled=False)  # chunks are written into memory of that dtype
     t = _flat_target(x, classes, target, ignore_index)
     class_weight = _loss.check_weight("linear_cross_entropy", class_weight, classes, x.device)
     if class_weight is not None:

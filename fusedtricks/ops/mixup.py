@@ -195,6 +195,11 @@ def _mixup_images(
     return mixup_fwd(x, lam.contiguous(), perm.contiguous(), scale, shift, dtype)
 
 
+def _floating(x: Tensor) -> Tensor:
+    """uint8 images in the dtype and range that mixup gives them."""
+    return x if x.dtype != torch.uint8 else mixup(x, None, 1.0, torch.arange(x.shape[0], device=x.device))[0]
+
+
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
     """Without a sync. A captured graph copies them at every replay, so its pool keeps them."""
     capturing = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
@@ -207,8 +212,8 @@ class Mixup(_mixing.Mixing):
     """Mixes every batch in training with a permutation of itself: x, target -> mixed, target. See :func:`mixup`.
 
     In eval, and in the warm-up that `set_warmup(batches)` asks for, x is returned as it is and the target as
-    MixedTarget(target, target, 1). lam ~ Beta(alpha, alpha) and the permutation are drawn on the device of x; nothing
-    is copied to the host.
+    MixedTarget(target, target, 1), or as it is where it is no class indices. lam ~ Beta(alpha, alpha) and the
+    permutation are drawn on the device of x; nothing is copied to the host.
 
     Args:
         alpha: of the Beta distribution, positive.
@@ -221,7 +226,8 @@ class Mixup(_mixing.Mixing):
             or `generator` if that is on the CPU.
         generator: where everything else is drawn, on the device of x; default: torch's own.
 
-    x may be a tuple or a list of tensors of one batch, which are then mixed by the same draw.
+    x may be a tuple or a list of tensors of one batch, which are then mixed by the same draw. uint8 images that are
+    mixed become float32 in [0, 1], whether by mixup or by cutmix.
 
     Source: Zhang et al. 2018, section 2; timm's Mixup for the options.
     """
@@ -239,9 +245,13 @@ class Mixup(_mixing.Mixing):
         generator: torch.Generator | None = None,
     ):
         super().__init__(alpha, per_sample, fold, prob, partner, generator)
+        if cutmix_alpha is not None and not 0 < cutmix_alpha < float("inf"):
+            raise ValueError(f"{type(self).__name__}: expected a finite cutmix_alpha > 0, but got {cutmix_alpha}")
+        if not 0 <= switch_prob <= 1:
+            raise ValueError(f"{type(self).__name__}: expected switch_prob in [0, 1], but got {switch_prob}")
         self.cutmix_alpha, self.switch_prob = cutmix_alpha, switch_prob
 
-    def forward(self, x: Any, target: Tensor) -> tuple[Any, Any]:
+    def forward(self, x: Any, target: Tensor | None) -> tuple[Any, Any]:
         first = x[0] if isinstance(x, (tuple, list)) else x
         if not self.training or self.plain():
             return x, _mixing.unmixed(target, first)
@@ -249,7 +259,9 @@ class Mixup(_mixing.Mixing):
         if self.cutmix_alpha is not None and self.draw_once(self.switch_prob):
             from fusedtricks.ops import cutmix  # which itself needs mixup, for its targets
 
-            return cutmix.mix_all(x, target, self.draw_lam(first, self.cutmix_alpha), perm, self.generator)
+            lam = self.draw_lam(first, self.cutmix_alpha)
+            mixed, target = cutmix.mix_all(x, target, lam, perm, self.generator)
+            return _mixing.each(mixed, _floating), target
         lam = self.draw_lam(first, self.alpha)
         mixed = _mixing.each(x, lambda t: mixup(t, None, lam, perm)[0])
         return mixed, mix_target(target, lam, perm)
