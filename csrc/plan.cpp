@@ -148,7 +148,8 @@ struct Parameter : Placed {
 // Can kernels read this gradient with the strides of its parameter?
 bool follows(const at::Tensor& grad, const at::Tensor& param) {
   const auto* impl = grad.unsafeGetTensorImpl();
-  if (grad.layout() != at::kStrided || impl->is_python_dispatch() || grad.is_conj() || grad.is_neg()) return false;
+  if (grad.layout() != at::kStrided || impl->is_python_dispatch()) return false;
+  if (grad.is_conj() || grad.is_neg() || grad._is_zerotensor()) return false;
   if (grad.scalar_type() != param.scalar_type() || grad.device() != param.device()) return false;
   if (grad.sizes() != param.sizes()) return false;
   if (grad.strides() == param.strides() || grad.numel() <= 1) return true;

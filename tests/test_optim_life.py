@@ -136,6 +136,15 @@ def test_the_default_device_is_not_asked(name: str) -> None:
     assert torch.equal(p, q)
 
 
+def test_a_step_that_sgd_does_not_count_is_left_alone() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = optim.SGD([p], lr=0.5, momentum=0.5)
+    for step in (torch.tensor(3, dtype=torch.int16), 3):
+        optimizer.state[p]["step"] = step
+        stepped(p, optimizer)
+        assert optimizer.state[p]["step"] == 3
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +196,9 @@ def test_gradients_that_are_conjugated_when_read(name: str) -> None:
 
 def test_a_gradient_without_memory() -> None:
     p = torch.nn.Parameter(torch.ones(4))
-    stepped(p, optim.SGD([p], lr=0.1), torch._efficientzerotensor(4))
+    optimizer = optim.SGD([p], lr=0.1)
+    for _ in range(3):
+        stepped(p, optimizer, torch._efficientzerotensor(4))
     assert torch.equal(p.detach(), torch.ones(4))
 
 

@@ -93,10 +93,9 @@ class Shard:
             with torch.no_grad():
                 for source, copy in self.copied:
                     source.copy_(copy)
-        # Their addresses are in the table, and looked at before every step. Copies are made anew with a new table.
-        self.copied = []
-        for row in self.rows:
-            row.grad = None
+        if self.rows:
+            # Gradients are nobody's to keep: their addresses are in the table, and copies are made with the next one.
+            self.rows, self.copied = [], []
 
     def _upload(self, changes: int) -> Tensor:
         """The table on the device."""
@@ -119,7 +118,8 @@ class Shard:
         if self.remote:
             capturing = torch.cuda.is_current_stream_capturing()
             # A graph copies from here at every replay, and must bring what holds now: but not to replays before.
-            if self._staged_hyper is not None and not torch.equal(self._staged_hyper, self.hyper):
+            bits = [t.view(torch.int64) for t in (self._staged_hyper, self.hyper) if t is not None]  # NaN is itself
+            if self._staged_hyper is not None and not torch.equal(*bits):
                 if not capturing:
                     torch.cuda.synchronize(self.device)
                 self._staged_hyper.copy_(self.hyper)

@@ -56,7 +56,8 @@ class States(torch.optim.Optimizer):
         flags |= self._rounding(p)
         if has_master and self.master_weights == "remainder":
             flags |= _table.REMAINDER
-        step, factor = state.get("step"), state.get(self.rule.factor) if self.rule.factor else None
+        step = state.get("step") if self.rule.counts or self._rounding(p) else None
+        factor = state.get(self.rule.factor) if self.rule.factor else None
         if step is not None and step.dtype == torch.float64:
             flags |= _table.STEP_FLOAT64
         extra = [
@@ -83,7 +84,8 @@ class States(torch.optim.Optimizer):
                 dtype = _get_scalar_dtype(is_fused=group.get("fused"))
                 state[name] = torch.full((), start, dtype=dtype, device=device)
             elif not isinstance(value, Tensor) or (p.is_cuda and value.device != p.device) or value.dtype not in dtypes:
-                value = value if isinstance(value, Tensor) else torch.tensor(float(value), device=device)
+                if not isinstance(value, Tensor):
+                    value = torch.tensor(float(value), dtype=torch.float64, device=device)
                 state[name] = value.to(device, torch.float32)
         if len(wanted) == 2 and state[wanted[0]].dtype != state[wanted[1]].dtype:
             state[wanted[1]] = state[wanted[1]].to(state[wanted[0]].dtype)
@@ -184,6 +186,8 @@ def kind_of(row: Row) -> int | None:
     ):
         return None
     scalars = [t for t in (row.step, row.factor) if t is not None]
+    if any(t.numel() != 1 or t.dtype not in (torch.float32, torch.float64) for t in scalars):
+        return None
     if any(t.device != p.device for t in scalars) or any(type(t) is not Tensor for t in (*others, *scalars)):
         return None
     return _table.KINDS.get((p.dtype, moments[0].dtype if moments else p.dtype))

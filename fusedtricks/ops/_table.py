@@ -185,7 +185,7 @@ def update_row(rule: Rule, row: Row, h: Sequence[float], unscale: float, factor:
     dtype = accumulate_dtype(param.dtype)
     first = bool(row.flags & FIRST_MOMENTUM) and row.taken == 0
     # The count, which is exact where float32 is not, unless somebody changed what it was written to.
-    if row.step is not None and torch.tensor(row.taken, dtype=row.step.dtype) != row.step.item():
+    if row.step is not None and torch.tensor(row.taken, dtype=row.step.dtype, device="cpu") != row.step.item():
         row.taken = int(row.step.item())
     row.taken = t = row.taken + 1
     before = 1.0 if row.factor is None else row.factor.item()
