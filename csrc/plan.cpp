@@ -55,6 +55,13 @@ class Snapshot {
     return true;
   }
 
+  bool untouched() const { return version_ != 0 && version_ == version(); }
+
+  bool unchanged() const {
+    bool same = true;
+    return untouched() || (compare([&](PyObject*, PyObject*) { same = false; }) && same);
+  }
+
   int traverse(visitproc visit, void* arg) const {
     Py_VISIT(dict_.ptr());
     for (const auto& [key, value] : entries_) {
@@ -62,13 +69,6 @@ class Snapshot {
       Py_VISIT(value.ptr());
     }
     return 0;
-  }
-
-  bool untouched() const { return version_ != 0 && version_ == version(); }
-
-  bool unchanged() const {
-    bool same = true;
-    return untouched() || (compare([&](PyObject*, PyObject*) { same = false; }) && same);
   }
 
  private:
@@ -86,78 +86,76 @@ class Snapshot {
   std::vector<std::pair<py::object, py::object>> entries_;
 };
 
+const at::Tensor& unpack(py::handle object) {
+  if (!THPVariable_Check(object.ptr())) throw py::type_error("fusedtricks: expected a tensor");
+  return THPVariable_Unpack(object.ptr());
+}
+
+// A tensor and the place it had. Held as its Python object, which torch.utils.swap_tensors may give another impl; a
+// tensor that C++ holds too it would refuse.
+struct Placed {
+  py::object object;
+  at::TensorImpl* impl;  // gone, perhaps, where it is not the object's any more
+  const void* data;
+
+  explicit Placed(py::handle t)
+      : object(py::reinterpret_borrow<py::object>(t)), impl(unpack(t).unsafeGetTensorImpl()), data(impl->data()) {}
+
+  const at::Tensor& tensor() const { return THPVariable_Unpack(object.ptr()); }
+
+  bool unchanged() const { return tensor().unsafeGetTensorImpl() == impl && impl->data() == data; }
+};
+
+// And its shape, in a list of all shapes and strides one after the other.
+struct Parameter : Placed {
+  caffe2::TypeMeta dtype;
+  size_t dims, shape;
+
+  Parameter(py::handle p, std::vector<int64_t>& shapes)
+      : Placed(p), dtype(impl->dtype()), dims(impl->dim()), shape(shapes.size()) {
+    shapes.insert(shapes.end(), impl->sizes().begin(), impl->sizes().end());
+    shapes.insert(shapes.end(), impl->strides().begin(), impl->strides().end());
+  }
+
+  bool unchanged(const std::vector<int64_t>& shapes) const {
+    if (!Placed::unchanged()) return false;
+    const auto sizes = impl->sizes(), strides = impl->strides();
+    if (impl->dtype() != dtype || sizes.size() != dims) return false;
+    const int64_t* was = shapes.data() + shape;
+    return std::equal(sizes.begin(), sizes.end(), was) && std::equal(strides.begin(), strides.end(), was + dims);
+  }
+};
+
 // A thousand parameters do not fit the caches together with a training step: what is looked at soon is fetched early.
 constexpr size_t kAhead = 8;
 template <class List>
 void fetch_ahead(const List& list, size_t i) {
   if (i + kAhead >= list.size()) return;
   __builtin_prefetch(list[i + kAhead].object.ptr());
-  const auto* impl = reinterpret_cast<const char*>(list[i + kAhead].impl);
+  const auto* const impl = reinterpret_cast<const char*>(list[i + kAhead].impl);
   __builtin_prefetch(impl);
   __builtin_prefetch(impl + 64);
   __builtin_prefetch(impl + 128);
 }
 
-const at::Tensor& unpack(py::handle object) {
-  if (!THPVariable_Check(object.ptr())) throw py::type_error("fusedtricks: expected a tensor");
-  return THPVariable_Unpack(object.ptr());
-}
-
-// A tensor and the place it had. It is held as a Python object, for who exchanges the insides of two tensors
-// (torch.utils.swap_tensors) wants no other owners.
-struct Placed {
-  py::object object;
-  const c10::TensorImpl* impl;
-  const void* data;
-
-  explicit Placed(py::handle t)
-      : object(py::reinterpret_borrow<py::object>(t)),
-        impl(unpack(t).unsafeGetTensorImpl()),
-        data(unpack(t).const_data_ptr()) {}
-
-  const at::Tensor& tensor() const { return THPVariable_Unpack(object.ptr()); }
-  bool unchanged() const {
-    const at::Tensor& t = tensor();
-    return t.unsafeGetTensorImpl() == impl && t.const_data_ptr() == data;
-  }
-};
-
-// And its shape, in a list of all shapes and strides one after the other.
-struct Parameter : Placed {
-  at::ScalarType dtype;
-  size_t dims, shape;
-
-  Parameter(py::handle object, std::vector<int64_t>& shapes) : Placed(object), shape(shapes.size()) {
-    const at::Tensor& t = tensor();
-    dtype = t.scalar_type();
-    dims = t.dim();
-    shapes.insert(shapes.end(), t.sizes().begin(), t.sizes().end());
-    shapes.insert(shapes.end(), t.strides().begin(), t.strides().end());
-  }
-
-  bool unchanged(const std::vector<int64_t>& shapes) const {
-    if (!Placed::unchanged()) return false;
-    const at::Tensor& t = tensor();
-    const auto sizes = t.sizes(), strides = t.strides();
-    if (t.scalar_type() != dtype || sizes.size() != dims) return false;
-    const int64_t* was = shapes.data() + shape;
-    return std::equal(sizes.begin(), sizes.end(), was) && std::equal(strides.begin(), strides.end(), was + dims);
-  }
-};
-
 // Can kernels read this gradient with the strides of its parameter?
-bool follows(const at::Tensor& grad, const at::Tensor& param) {
-  const auto* impl = grad.unsafeGetTensorImpl();
-  if (grad.layout() != at::kStrided || impl->is_python_dispatch()) return false;
+bool follows(const at::TensorImpl& grad, const at::TensorImpl& param) {
+  if (grad.layout() != at::kStrided || grad.is_python_dispatch()) return false;
   if (grad.is_conj() || grad.is_neg() || grad._is_zerotensor()) return false;
-  if (grad.scalar_type() != param.scalar_type() || grad.device() != param.device()) return false;
-  if (grad.sizes() != param.sizes()) return false;
-  if (grad.strides() == param.strides() || grad.numel() <= 1) return true;
-  for (int64_t d = 0; d < grad.dim(); ++d) {
-    if (grad.size(d) != 1 && grad.stride(d) != param.stride(d)) return false;
+  if (grad.dtype() != param.dtype() || grad.device() != param.device()) return false;
+  const auto sizes = grad.sizes(), strides = grad.strides(), wanted = param.strides();
+  if (sizes != param.sizes()) return false;
+  if (strides == wanted || grad.numel() <= 1) return true;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1 && strides[d] != wanted[d]) return false;
   }
   return true;
 }
+
+int64_t version(const at::TensorImpl* t) { return t->version_counter().current_version(); }
+
+// Is it the same number for as long as it is the same object?
+bool fixed(PyObject* value) { return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value); }
 
 class Plan {
  public:
@@ -200,15 +198,18 @@ class Plan {
       for (auto t : list) others_.emplace_back(t);
     }
     for (auto p : absent) absent_.push_back(py::reinterpret_borrow<py::object>(p));
-    for (const auto& r : rows_) versions_.push_back(version(r.tensor()));
+    for (const auto& r : rows_) versions_.push_back(version(r.impl));
   }
 
   // Of the parameters, after the last step.
   std::vector<int64_t> versions() const { return versions_; }
 
+  // `changes` are told by the next check too.
+  void expect(int changes) { expected_ |= changes; }
+
   int check(py::handle groups, py::handle state) {
     if (groups.ptr() != groups_.ptr() || state.ptr() != state_.dict()) return kStructure;
-    int changes = check_groups();
+    int changes = check_groups() | std::exchange(expected_, kNothing);
     if (changes & kStructure) return kStructure;
     if (!state_.unchanged()) return kStructure;
     for (const auto& s : row_states_) {
@@ -225,10 +226,11 @@ class Plan {
     auto* const table = table_.mutable_data_ptr<int64_t>();
     for (size_t i = 0; i < rows_.size(); ++i) {
       fetch_ahead(rows_, i);
-      const at::Tensor& param = rows_[i].tensor();
-      if (!rows_[i].unchanged(shapes_) || (guarded_ && version(param) != versions_[i])) return kStructure;
-      const at::Tensor& grad = param.grad();
-      if (!grad.defined() || !follows(grad, param)) return kStructure;
+      if (!rows_[i].unchanged(shapes_)) return kStructure;
+      auto* const param = rows_[i].impl;
+      if (guarded_ && version(param) != versions_[i]) return kStructure;
+      const at::Tensor& grad = std::as_const(*param).grad();
+      if (!grad.defined() || !follows(*grad.unsafeGetTensorImpl(), *param)) return kStructure;
       const auto at = reinterpret_cast<int64_t>(grad.const_data_ptr());
       int64_t& entry = table[i * kColumns + kGrad];
       if (entry != at) entry = at, changes |= kPointers;
@@ -236,46 +238,39 @@ class Plan {
     return changes;
   }
 
-  // For Python's garbage collector: an optimizer may belong to what it steps.
-  int traverse(visitproc visit, void* arg) const {
-    const auto all = [&](const auto& list, const auto& object_of) {
-      for (const auto& item : list) Py_VISIT(object_of(item));
-      return 0;
-    };
-    const auto itself = [](const py::object& object) { return object.ptr(); };
-    const auto held = [](const Placed& placed) { return placed.object.ptr(); };
-    Py_VISIT(groups_.ptr());
-    int stop = state_.traverse(visit, arg);
-    for (const auto* list : {&snapshots_, &row_states_}) {
-      for (const auto& s : *list) stop = stop ? stop : s.traverse(visit, arg);
-    }
-    for (const auto& list : params_) stop = stop ? stop : all(list, itself);
-    stop = stop ? stop : all(lists_, itself);
-    stop = stop ? stop : all(rows_, held);
-    stop = stop ? stop : all(others_, held);
-    return stop ? stop : all(absent_, itself);
-  }
-
-  // What it held afterwards is not to be asked about.
-  void clear() { const Plan last(std::move(*this)); }
-
   // Autograd must learn that the parameters (and, unscaled, the gradients) were written to.
   void bump_versions(bool gradients) {
     for (size_t i = 0; i < rows_.size(); ++i) {
-      const at::Tensor& t = rows_[i].tensor();
-      bump(t);
-      if (gradients) bump(t.grad());
-      versions_[i] = version(t);
+      auto* const param = rows_[i].impl;
+      param->bump_version();
+      if (gradients && !param->grad().is_inference()) param->grad().unsafeGetTensorImpl()->bump_version();
+      versions_[i] = version(param);
     }
   }
 
- private:
-  // Tensors of inference mode have no version.
-  static int64_t version(const at::Tensor& t) { return t.is_inference() ? 0 : t._version(); }
-  static void bump(const at::Tensor& t) {
-    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  // For the cycle collector: a parameter, a group or a state may lead back to the optimizer that has this plan.
+  int traverse(visitproc visit, void* arg) const {
+    Py_VISIT(groups_.ptr());
+    if (const int stop = state_.traverse(visit, arg)) return stop;
+    for (const auto* dicts : {&snapshots_, &row_states_}) {
+      for (const auto& dict : *dicts) {
+        if (const int stop = dict.traverse(visit, arg)) return stop;
+      }
+    }
+    for (const auto& list : lists_) Py_VISIT(list.ptr());
+    for (const auto& list : params_) {
+      for (const auto& p : list) Py_VISIT(p.ptr());
+    }
+    for (const auto& row : rows_) Py_VISIT(row.object.ptr());
+    for (const auto& other : others_) Py_VISIT(other.object.ptr());
+    for (const auto& p : absent_) Py_VISIT(p.ptr());
+    return 0;
   }
 
+  // Whoever is called while objects go finds an empty plan, to which everything is a change.
+  void clear() { const Plan gone = std::move(*this); }
+
+ private:
   int check_groups() {
     if (static_cast<size_t>(PyList_GET_SIZE(groups_.ptr())) != snapshots_.size()) return kStructure;
     int changes = kNothing;
@@ -301,7 +296,6 @@ class Plan {
     return changes;
   }
 
-  // kHypers if a value differs from the one it had; kStructure if one that asks for a new table does.
   int read_hypers(size_t g) {
     int changes = kNothing;
     mutable_[g] = false;
@@ -309,25 +303,24 @@ class Plan {
     for (const auto& [key, columns] : live_) {
       PyObject* const value = PyDict_GetItemString(snapshots_[g].dict(), key.c_str());
       if (!value) continue;
-      const bool fixed = PyFloat_CheckExact(value) || PyLong_Check(value) || PyTuple_CheckExact(value);
-      if (!fixed && !THPVariable_Check(value)) mutable_[g] = true;
+      const bool structural = structural_.count(key);
       for (const auto& [index, column] : columns) {
         py::object part = py::reinterpret_borrow<py::object>(value);
         if (index >= 0) part = part[py::int_(index)];
+        bool stays = fixed(part.ptr()), there = false;
         double number;
         if (THPVariable_Check(part.ptr())) {
           const at::Tensor& value = THPVariable_Unpack(part.ptr());
-          const bool there = remote_.defined() && value.device() == remote_.device();
-          if (!there) mutable_[g] = true;
+          stays = there = remote_.defined() && value.device() == remote_.device();
           number = there ? std::numeric_limits<double>::quiet_NaN() : value.item<double>();
         } else {
-          if (!PyFloat_CheckExact(part.ptr()) && !PyLong_Check(part.ptr())) mutable_[g] = true;
           number = PyFloat_AsDouble(part.ptr());
           if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
         }
+        if (!stays || (index >= 0 && !PyTuple_CheckExact(value))) mutable_[g] = true;
         if (row[column] == number) continue;
         row[column] = number;
-        changes |= structural_.count(key) ? kStructure | kHypers : kHypers;
+        changes |= structural && !there ? kStructure : kHypers;
       }
     }
     return changes;
@@ -348,13 +341,31 @@ class Plan {
   std::vector<Snapshot> row_states_;
   std::vector<py::object> absent_;
   std::vector<int64_t> versions_;
+  int expected_ = kNothing;
   bool guarded_ = false;
 };
 
-// Null while it is being made.
-Plan* plan_of(PyObject* self) {
-  const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
-  return held.holder_constructed() ? held.value_ptr<Plan>() : nullptr;
+// The plan in `object`, or null while it is being made.
+Plan* plan_in(PyObject* object) {
+  auto place = reinterpret_cast<py::detail::instance*>(object)->get_value_and_holder();
+  return place.holder_constructed() ? static_cast<Plan*>(place.value_ptr()) : nullptr;
+}
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  const Plan* const plan = plan_in(self);
+  return plan ? plan->traverse(visit, arg) : 0;
+}
+
+int clear(PyObject* self) {
+  if (Plan* const plan = plan_in(self)) plan->clear();
+  return 0;
+}
+
+void collected(PyHeapTypeObject* type) {
+  type->ht_type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->ht_type.tp_traverse = traverse;
+  type->ht_type.tp_clear = clear;
 }
 
 }  // namespace
@@ -362,28 +373,16 @@ Plan* plan_of(PyObject* self) {
 
 PYBIND11_MODULE(_plan, m) {
   using fusedtricks::Plan;
-  using fusedtricks::plan_of;
   namespace py = pybind11;
   m.attr("torch") = TORCH_VERSION;
   m.attr("STRUCTURE") = static_cast<int>(fusedtricks::kStructure);
   m.attr("POINTERS") = static_cast<int>(fusedtricks::kPointers);
   m.attr("HYPERS") = static_cast<int>(fusedtricks::kHypers);
-  py::class_<Plan>(m, "Plan", py::custom_type_setup([](PyHeapTypeObject* heap) {
-                     PyTypeObject* const type = &heap->ht_type;
-                     type->tp_flags |= Py_TPFLAGS_HAVE_GC;
-                     type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
-                       Py_VISIT(Py_TYPE(self));
-                       const Plan* const plan = plan_of(self);
-                       return plan ? plan->traverse(visit, arg) : 0;
-                     };
-                     type->tp_clear = [](PyObject* self) {
-                       if (Plan* const plan = plan_of(self)) plan->clear();
-                       return 0;
-                     };
-                   }))
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(fusedtricks::collected))
       .def(py::init<py::list, py::dict, const py::dict&, const py::set&, py::handle, py::handle>())
       .def("watch", &Plan::watch)
       .def("versions", &Plan::versions)
+      .def("expect", &Plan::expect)
       .def("check", &Plan::check)
       .def("bump_versions", &Plan::bump_versions);
 }

@@ -15,7 +15,7 @@ from fusedtricks import optim
 TESTS = (
     *("test_optim.py", "test_optim_arguments.py", "test_optim_precision.py", "test_optim_fuzz.py"),
     *("test_optim_torch.py", "test_optim_dtensor.py", "test_cuda_optim.py", "test_triton_optim.py"),
-    *("test_optim_gpu.py", "test_gpu_optim.py", "test_optim_devices.py", "test_optim_bugs.py"),
+    *("test_optim_life.py", "test_optim_gpu.py", "test_gpu_optim.py", "test_optim_devices.py", "test_optim_bugs.py"),
 )
 NAMES = ("Adagrad", "Adam", "AdamW", "NAdam", "RMSprop", "SGD")
 # Every state that a rule has is in use.

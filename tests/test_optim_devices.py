@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusedtricks import optim
 from fusedtricks.ops import _optimizer, _states, _table
+from fusedtricks.ops._shard import Shard
 
 ITEMS = 2**31 + 5
 
@@ -164,16 +165,24 @@ def test_what_a_capture_needs(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         o._check_capture()
 
 
+def as_on_a_gpu(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> Shard:
+    """With the CPU in its place, nothing captured, one stream, and nothing to wait for."""
+    shard.remote, shard._late, shard._staged, shard._staged_hyper, shard._streams = True, 0, [], None, {0}
+    shard._on_device, shard._hyper_on_device = torch.zeros_like(shard.table), torch.zeros_like(shard.hyper)
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return shard
+
+
 def test_a_captured_step_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph keeps to the gradients it was captured with, and what a capture copies no eager step has."""
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     o = optim.SGD([p], lr=0.1)
     o.step()
-    shard = o._shards[0]
-    shard.remote, shard._late, shard._staged, shard._staged_hyper = True, 0, [], None
-    shard._on_device, shard._hyper_on_device = torch.zeros_like(shard.table), torch.zeros_like(shard.hyper)
-    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    shard = as_on_a_gpu(o._shards[0], monkeypatch)
     calls = []
 
     def run(changes: int, capturing: bool) -> Tensor:
@@ -202,6 +211,44 @@ def test_a_captured_step_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch)
     kept = shard.captured()
     o._forget()
     assert [id(t) for t in o._captured] == [id(t) for t in kept]
+
+
+def test_what_replays_read_changes_when_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    o = optim.SGD([p], lr=0.1)
+    o.step()
+    shard = as_on_a_gpu(o._shards[0], monkeypatch)
+    shard.hyper[0, _table.WEIGHT_DECAY] = torch.nan  # as of a number that is read on the device
+    seen: list[Tensor] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(shard._staged_hyper.clone()))
+    o.push_hyperparameters()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    shard.upload_hypers()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    o.push_hyperparameters()
+    assert seen == []
+    o.param_groups[0]["lr"] = 0.5
+    o.push_hyperparameters()
+    o.push_hyperparameters()
+    assert [t[0, _table.LR].item() for t in seen] == [0.1]
+    assert shard._staged_hyper[0, _table.LR] == 0.5
+
+
+def test_the_allocator_is_told_of_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    o = optim.SGD([p], lr=0.1)
+    o.step()
+    shard = as_on_a_gpu(o._shards[0], monkeypatch)
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: told.append((id(t), stream)))
+    for stream, capturing in ((0, False), (1, True), (1, False), (1, False)):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        shard.run(lambda *_: None, 0, None, None, None, None)
+    made = (shard._on_device, shard._hyper_on_device, shard.progress, shard.outcome)
+    assert told == [(id(t), 1) for t in made]
 
 
 @pytest.mark.filterwarnings("error")

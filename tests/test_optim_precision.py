@@ -13,6 +13,7 @@ import torch
 from optim_accuracy import BETAS2, STEPS, decay_error, median_error, one_update
 from optim_cases import FULL, close, each_name, laid_out, make
 
+import fusedtricks
 from fusedtricks import optim
 from fusedtricks.ops import _optimizer, _table
 
@@ -350,3 +351,47 @@ def test_centered_rmsprop_of_a_constant_gradient_is_finite() -> None:
         p.grad = grad.clone()
         o.step()
         assert p.isfinite().all()
+
+
+# ---- beyond fp32 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("n", [3, 40])
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "SGD"])
+def test_infinite_weights_do_not_decay(name: str, n: int, backend: str) -> None:
+    """Masks may be kept as parameters."""
+    p = torch.nn.Parameter(torch.ones(n).index_fill(0, torch.arange(0, n, 2), -math.inf))
+    key = {} if name == "AdamW" else {"decoupled_weight_decay": True}
+    o = getattr(optim, name)([p], lr=0.1, weight_decay=0.1, **key)
+    p.grad = torch.zeros(n)
+    with fusedtricks.backend(backend):
+        o.step()
+    assert (p[::2] == -math.inf).all()
+    torch.testing.assert_close(p[1::2].detach(), torch.full_like(p[1::2], 0.99))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("n", [3, 40])
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("Adam", {"betas": (0.9, 0.999)}, 1e20),
+        ("NAdam", {"betas": (0.9, 0.999)}, 1e20),
+        ("RMSprop", {"alpha": 0.99}, 1e20),
+        ("Adam", {"betas": (0.9, 0.5)}, 1e25),
+        ("RMSprop", {"alpha": 0.5}, 1e25),
+    ],
+)
+def test_squares_that_overflow(name: str, options: dict[str, Any], size: float, n: int, backend: str) -> None:
+    """Their share of the average may not: float64 is right. Where it does, the weight stays, as torch's in float32."""
+    p = torch.nn.Parameter(torch.ones(n))
+    q = torch.nn.Parameter(torch.ones(n, dtype=torch.float64 if size < 1e22 else torch.float32))
+    a = getattr(optim, name)([p], lr=0.1, **options)
+    b = getattr(torch.optim, name)([q], lr=0.1, foreach=False, **options)
+    for grad in (size, 1.0):
+        p.grad, q.grad = torch.full_like(p, grad), torch.full_like(q, grad)
+        with fusedtricks.backend(backend):
+            a.step()
+        b.step()
+        torch.testing.assert_close(p.double(), q.double(), rtol=0, atol=1e-6)  # of weights about 1

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import multi_tensor
 from .common import Launch
-from .multi_tensor import EPS, LR, RULE0, decayed, decays, larger, lerp, lerp_squares, power
+from .multi_tensor import EPS, LR, RULE0, decays, larger, lerp, lerp_squares, power, with_decay
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def update(p, g, s0, s1, s2, c):
     s1 = lerp_squares(s1, g, weight2, rest2)
     s2 = tl.where(amsgrad, larger(s2, s1), s1)
     u = tl.div_rn(rate * s0, tl.sqrt_rn(s2) + eps)
-    return tl.where(decay != 0, u + decayed(p, decay), u), s0, s1, s2
+    return tl.where(decay != 0, with_decay(u, p, decay), u), s0, s1, s2
 
 
 @triton.jit

@@ -41,6 +41,10 @@ class Layout(NamedTuple):
     def total(self) -> int:
         return self.outer * self.channels * self.inner
 
+    @property
+    def samples(self) -> int:
+        return self.outer * self.inner
+
 
 def layout(y: Tensor) -> Layout:
     """A single channel has nothing outside."""
@@ -171,7 +175,7 @@ def is_flat(x: Layout, masked: bool, y: Tensor) -> bool:
 
 def sizes(x: Layout, lines: Lines, rows: int, block: int) -> dict[str, Any]:
     args = {"runs": lines.runs, "units": lines.length // lines.align, "C": x.channels, "inner": x.inner}
-    args |= {"total": x.total, "samples": x.outer * x.inner, "PLANES": lines.planes, "ALIGN": lines.align}
+    args |= {"total": x.total, "PLANES": lines.planes, "ALIGN": lines.align}
     return args | {"TAIL": lines.tail, "ROWS": rows, "BLOCK": block}
 
 
@@ -220,7 +224,7 @@ def plan_forward(
     flat = is_flat(shape, masked, x)
     args = {"x": x, "residual": residual, "weight": weight, "bias": bias, "y": y, "signs": signs, "stats": stats}
     args |= dict(zip(("running_mean", "running_var", "tracked"), running, strict=True))
-    args |= {"momentum": momentum, "eps": eps, "slope": slope, "ACTIVATION": activation}
+    args |= {"momentum": momentum, "eps": eps, "slope": slope, "ACTIVATION": activation, "samples": shape.samples}
     if whole := whole_groups(shape, masked, flat, FORWARD_WHOLE, device):
         args |= sizes(shape, *whole[:3])
         return Launch(fwd_whole, whole.groups, args, warps(whole, 1))
@@ -250,9 +254,7 @@ def plan_apply(
     c = cut(shape, masked, is_flat(shape, masked, x), x.device)
     args = {"x": x, "residual": residual, "weight": weight, "bias": bias, "mean": mean, "rest": rest, "var": var}
     args |= {"y": y, "signs": signs, "stats": stats, "eps": eps, "slope": slope, "ACTIVATION": activation}
-    args |= sizes(shape, *c[:3]) | chunking(c)
-    del args["samples"]
-    return Launch(apply, c.groups * c.chunks, args, WARPS)
+    return Launch(apply, c.groups * c.chunks, args | sizes(shape, *c[:3]) | chunking(c), WARPS)
 
 
 def plan_backward(
@@ -278,7 +280,7 @@ def plan_backward(
     sums = later or dweight is not None or dbias is not None
     args = {"dy": dy, "x": x, "residual": residual, "weight": weight, "bias": bias, "stats": stats, "signs": signs}
     args |= {"given": given, "dx": dx, "dresidual": dresidual, "dweight": dweight, "dbias": dbias, "slope": slope}
-    args |= {"ACTIVATION": activation, "TRAINING": training}
+    args |= {"ACTIVATION": activation, "TRAINING": training, "samples": shape.samples}
     whole = whole_groups(shape, masked, flat, BACKWARD_WHOLE, device)
     if sums and whole:
         args |= sizes(shape, *whole[:3])

@@ -72,14 +72,14 @@ def lerp(start, end, weight, rest):
 @triton.jit
 def lerp_squares(start, g, weight, rest):
     """The same from an average of squares to g^2. Where that overflows, its share may not; infinity stays infinity."""
-    square = g * g
-    return tl.where(start + square < float("inf"), lerp(start, square, weight, rest), rest * start + weight * g * g)
+    average = lerp(start, g * g, weight, rest)
+    return tl.where(average < float("inf"), average, rest * start + weight * g * g)
 
 
 @triton.jit
-def decayed(p, decay):
-    """What decoupled weight decay takes from p: nothing from infinite weights, which stay."""
-    return tl.where(tl.abs(p) < float("inf"), decay * p, 0.0)
+def with_decay(u, p, decay):
+    """`u` and what decoupled weight decay takes from p: nothing from infinite weights, which stay."""
+    return tl.where(tl.abs(p) < float("inf"), u + decay * p, u)
 
 
 @triton.jit

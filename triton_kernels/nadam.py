@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import multi_tensor
 from .common import Launch
-from .multi_tensor import EPS, LR, RULE0, decayed, decays, lerp, lerp_squares, power
+from .multi_tensor import EPS, LR, RULE0, decays, lerp, lerp_squares, power, with_decay
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def update(p, g, s0, s1, s2, c):
     s0 = lerp(s0, g, weight1, rest1)
     s1 = lerp_squares(s1, g, weight2, rest2)
     u = tl.div_rn(of_grad * g + of_average * s0, tl.sqrt_rn(s1) + eps)
-    return tl.where(decay != 0, u + decayed(p, decay), u), s0, s1, s2
+    return tl.where(decay != 0, with_decay(u, p, decay), u), s0, s1, s2
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import multi_tensor
 from .common import Launch
-from .multi_tensor import LR, RULE0, decayed, decays
+from .multi_tensor import LR, RULE0, decays, with_decay
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def update(p, g, s0, s1, s2, c):
     s0 = tl.where(first, g, momentum * s0 + share * g)
     g = tl.where(has_momentum, tl.where(nesterov, g + momentum * s0, s0), g)
     u = lr * g
-    return tl.where(decay != 0, u + decayed(p, decay), u), s0, s1, s2
+    return tl.where(decay != 0, with_decay(u, p, decay), u), s0, s1, s2
 
 
 @triton.jit

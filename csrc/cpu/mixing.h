@@ -75,9 +75,8 @@ struct Cycles {
   }
 };
 
-// Whom each sample is mixed with: perm, or its inverse.
-template <bool Inverse>
-std::vector<int64_t> partners(const char* op, const Tensor& perm) {
+// The inverse of perm, which must be a permutation.
+inline std::vector<int64_t> inverse_of(const char* op, const Tensor& perm) {
   const int64_t N = perm.size(0);
   const auto* p = static_cast<const int64_t*>(perm.const_data_ptr());
   std::vector<int64_t> inverse(static_cast<size_t>(N), -1);
@@ -86,7 +85,7 @@ std::vector<int64_t> partners(const char* op, const Tensor& perm) {
                     ": perm is not a permutation of 0 to ", N - 1);
     inverse[static_cast<size_t>(p[i])] = i;
   }
-  return Inverse ? inverse : std::vector<int64_t>(p, p + N);
+  return inverse;
 }
 
 // Two batches of one shape: runs of unit stride inside a sample, at the same places of every sample.

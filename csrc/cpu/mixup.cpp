@@ -177,8 +177,9 @@ void mix_batch(const char* op, const Tensor& x, const Tensor& y, const Tensor& l
       const Samples samples(to, from);
       const bool in_place = from.const_data_ptr() == to.const_data_ptr();
       if (!in_place && shorter<T>(samples, kShortBytes)) {
-        const auto partner = partners<Transposed>(op, perm);
-        mix_short_samples<Transposed>(samples, partner.data(), static_cast<const T*>(from.const_data_ptr()),
+        const auto inverse = inverse_of(op, perm);  // shows that perm is one
+        const auto* partner = Transposed ? inverse.data() : static_cast<const int64_t*>(perm.const_data_ptr());
+        mix_short_samples<Transposed>(samples, partner, static_cast<const T*>(from.const_data_ptr()),
                                       static_cast<T*>(to.mutable_data_ptr()), weights, lam.numel() == 1);
         return true;
       }

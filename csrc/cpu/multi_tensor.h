@@ -65,9 +65,10 @@ inline T* pointer(const int64_t* row, int column) {
   return reinterpret_cast<T*>(row[column]);
 }
 
-// Elements begin .. end of one row; P is the dtype of the parameter and its gradient, S that of the moments.
+// Elements begin .. end of one row; P is the dtype of the parameter and its gradient, S that of the moments. `c` is a
+// copy, for what is written to could else be part of it.
 template <class Rule, class P, class S, bool kPlain>
-void update_elements(const int64_t* row, const double* h, const typename Rule::template Scalars<Acc<P>>& c,
+void update_elements(const int64_t* row, const double* h, typename Rule::template Scalars<Acc<P>> c,
                      const Extras& extras, int64_t begin, int64_t end) {
   using A = Acc<P>;
   static_assert(std::is_same_v<A, Acc<S>>);

@@ -44,7 +44,7 @@ struct AdamW {
     V second = s[1];
     if (c.amsgrad) second = s[2] = larger(s[2], s[1]);
     V u = c.rate * s[0] / (Math::root(second) + c.eps);
-    if (c.decay != 0) u = u + decayed(p, c.decay);
+    if (c.decay != 0) u = with_decay(u, p, c.decay);
     return u;
   }
 

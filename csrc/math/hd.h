@@ -23,8 +23,10 @@ inline constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
 template <class V, class A>
 FT_HD V rounded_product(V v, A s) {
 #if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
-  if constexpr (std::is_same_v<V, float>) return __fmul_rn(v, s);
-  if constexpr (std::is_same_v<V, double>) return __dmul_rn(v, s);
+  if constexpr (std::is_same_v<V, float>)
+    return __fmul_rn(v, s);
+  else
+    return __dmul_rn(v, s);
 #elif defined(__clang__) || defined(__CUDACC__)
   return v * s;  // clang contracts within an expression alone; nvcc's host code calls no formula
 #elif __GNUC__ >= 12

@@ -42,7 +42,7 @@ struct NAdam {
     s[0] = lerp(s[0], g, c.weight1, c.rest1);
     s[1] = lerp_squares(s[1], g, c.weight2, c.rest2);
     V u = (c.of_grad * g + c.of_average * s[0]) / (Math::root(s[1]) + c.eps);
-    if (c.decay != 0) u = u + decayed(p, c.decay);
+    if (c.decay != 0) u = with_decay(u, p, c.decay);
     return u;
   }
 

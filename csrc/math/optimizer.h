@@ -60,14 +60,15 @@ FT_HD V lerp(V start, V end, A weight, A rest) {
 // The same from an average of squares to g^2. Where that overflows, its share may not; infinity stays infinity.
 template <class V, class A>
 FT_HD V lerp_squares(V start, V g, A weight, A rest) {
-  const V square = g * g;
-  return start + square < kInfinity<A> ? lerp(start, square, weight, rest) : rest * start + weight * g * g;
+  const V average = lerp(start, g * g, weight, rest);
+  return average < kInfinity<A> ? average : rest * start + weight * g * g;
 }
 
-// What decoupled weight decay takes from p: nothing from infinite weights, which stay.
+// `u` and what decoupled weight decay takes from p: nothing from infinite weights, which stay.
 template <class V, class A>
-FT_HD V decayed(V p, A decay) {
-  return (p < kInfinity<A>)&(p > -kInfinity<A>) ? decay * p : V{};
+FT_HD V with_decay(V u, V p, A decay) {
+  const V zero = p - p;  // or NaN
+  return zero == zero ? u + decay * p : u;
 }
 
 // The larger one; NaN if either is.

@@ -38,7 +38,7 @@ struct SGD {
       g = c.nesterov ? g + c.momentum * s[0] : s[0];
     }
     V u = c.lr * g;
-    if (c.decay != 0) u = u + decayed(p, c.decay);
+    if (c.decay != 0) u = with_decay(u, p, c.decay);
     return u;
   }
 

@@ -65,9 +65,9 @@ def check_values(name: str, lam: Tensor | None, perm: Tensor) -> None:
 
 
 def check_lam(name: str, lam: Tensor) -> None:
-    wrong = lam[~((lam >= 0) & (lam <= 1))]
-    if wrong.numel():
-        raise RuntimeError(f"{name}: expected lam in [0, 1], but got {wrong[0].item()}")
+    low, high = (v.item() for v in lam.aminmax()) if lam.numel() else (0.0, 1.0)  # NaN if one is
+    if not (low >= 0 and high <= 1):
+        raise RuntimeError(f"{name}: expected lam in [0, 1], but got {high if low >= 0 else low}")
 
 
 def per_sample(lam: Tensor, x: Tensor) -> Tensor:

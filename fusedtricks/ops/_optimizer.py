@@ -17,7 +17,7 @@ from torch.optim import optimizer
 from fusedtricks._op import for_this_torch
 from fusedtricks.ops import _table
 from fusedtricks.ops._shard import Shard, local
-from fusedtricks.ops._states import States, follow, kind_of
+from fusedtricks.ops._states import States, follow, in_memory, kind_of, version
 from fusedtricks.ops._table import Row
 
 # Without it every step is planned anew.
@@ -60,6 +60,7 @@ class FusedOptimizer(States):
     torch_class: ClassVar[type[torch.optim.Optimizer]]
     extra_defaults: ClassVar[dict[str, Any]] = {}
     sparse_refusal: ClassVar[str] = "{name} does not support sparse gradients"
+    _averaged = False  # do the parameters hold their averages?
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -88,6 +89,8 @@ class FusedOptimizer(States):
             raise ValueError(f"Invalid state_dtype: {state_dtype}; expected None or torch.float32")
         if max_grad_norm is not None and not max_grad_norm >= 0.0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+        self._forget()
+        self.ema_decay = ema_decay
         if master_weights and stochastic_rounding:
             raise ValueError("master_weights are rounded to nearest; stochastic_rounding is for weights without them")
         self.master_weights, self.stochastic_rounding, self.state_dtype = (
@@ -95,8 +98,7 @@ class FusedOptimizer(States):
             stochastic_rounding,
             state_dtype,
         )
-        self._forget()
-        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.max_grad_norm = max_grad_norm
         self._versions: dict[Tensor, int] = {}
         extra = {key: kwargs.pop(key, default) for key, default in self.extra_defaults.items()}
         if "fused" in inspect.signature(self.torch_class.__init__).parameters:
@@ -152,7 +154,7 @@ class FusedOptimizer(States):
         return FusedOptimizer.step(self, closure)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("master_weights", "stochastic_rounding", "state_dtype", "max_grad_norm", "_ema_decay")
+        own = ("master_weights", "stochastic_rounding", "state_dtype", "max_grad_norm", "ema_decay")
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},
@@ -163,6 +165,8 @@ class FusedOptimizer(States):
         self._forget()
         self._versions = {}
         super().__setstate__(state)
+        if "ema_decay" in self.__dict__:
+            self._ema_decay = self.__dict__.pop("ema_decay")
         self._fresh = dict.fromkeys(self.__dict__.pop("_unset_buffers", ()))
         self._complete_groups()
 
@@ -178,7 +182,7 @@ class FusedOptimizer(States):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep the dtype they were saved in, and groups their `fused`, which is no state."""
-        fused: list[Any] = []
+        fused: list[bool | None] = []
         loaded: dict[str, Any] = {}
 
         def before(_: Any, given: dict[str, Any]) -> None:
@@ -186,8 +190,6 @@ class FusedOptimizer(States):
             fused.extend(group["fused"] for group in self.param_groups)
 
         def after(_: Any) -> None:
-            self._forget()
-            self._versions = {}
             for group, flag in zip(self.param_groups, fused, strict=True):
                 group["fused"] = flag
             ids = (i for g in loaded["param_groups"] for i in g["params"])
@@ -197,17 +199,14 @@ class FusedOptimizer(States):
                     if isinstance(value, Tensor) and isinstance(mine, Tensor) and mine.dtype != value.dtype:
                         self.state[p][key] = value.to(p.device if key != "step" else mine.device)
 
-        # The last and the first of hooks: they see what loads, and leave to others what has been loaded.
-        handles = (
-            self.register_load_state_dict_pre_hook(before),
-            self.register_load_state_dict_post_hook(after, prepend=True),
-        )
+        # Next to the loading itself: hooks of others change what loads before, and what was loaded after.
+        handles = [self.register_load_state_dict_pre_hook(before)]
+        handles += [self.register_load_state_dict_post_hook(after, prepend=True)]
         try:
             super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
-        self._forget()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -230,11 +229,13 @@ class FusedOptimizer(States):
     def grad_norm(self) -> Tensor:
         if self._outcome is None:
             return torch.zeros((), dtype=torch.float32, device="cpu")
-        return self._outcome[0].detach().clone()  # the next step writes there again
+        return self._outcome[0].detach().clone()
 
     @property
     def step_skipped(self) -> Tensor:
-        return torch.zeros((), dtype=torch.bool, device="cpu") if self._outcome is None else self._outcome[1] != 0
+        if self._outcome is None:
+            return torch.zeros((), dtype=torch.bool, device="cpu")
+        return self._outcome[1].detach() != 0
 
     @property
     def ema_decay(self) -> float | None:
@@ -245,39 +246,41 @@ class FusedOptimizer(States):
         if value is not None and not 0.0 <= value <= 1.0:
             raise ValueError(f"Invalid ema_decay: {value}")
         before, self._ema_decay = getattr(self, "_ema_decay", None), value
-        if self._plan is None:
-            return
-        if value is None or before is None:
-            self._renew()
-        elif value != before:
-            self._hyper[:, _table.EMA_DECAY] = value
-            self._pending = HYPERS
+        if (before is None) != (value is None):  # other states
+            self._plan = None
+        elif self._shards or self._aside:
+            self._hyper[:, _table.EMA_DECAY] = value or 0.0
+            if self._plan is not None:
+                self._plan.expect(HYPERS)
 
     @contextlib.contextmanager
     def averaged_parameters(self) -> Iterator[None]:
         """Inside the block the parameters hold their averages (`ema_decay`); afterwards their own values again.
 
         Raises:
-            RuntimeError: without `ema_decay`, and at a step inside the block, which would be lost.
+            RuntimeError: an optimizer without `ema_decay`; a step inside the block, which would train the averages.
         """
         if self.ema_decay is None:
             raise RuntimeError("averaged_parameters: this optimizer was made without ema_decay")
-        self._renew()
+        self._harvest_versions()
+        self._plan = None
         averaged = [p for g in self.param_groups for p in g["params"] if "ema" in self.state.get(p, {})]
-        before = [p.detach().clone() for p in averaged]
-        followed = [p for p in averaged if self._versions.get(p) == p._version]  # nobody else has written to these
-        outside, self._averaging = self._averaging, True
+        # Masters of the others, which somebody else wrote to, are still to follow them.
+        known = [p for p in averaged if self._versions.get(p) == version(p)]
+        own: list[tuple[Tensor, Tensor]] = []
+        outer, self._averaged = self._averaged, True
         try:
             with torch.no_grad():
                 for p in averaged:
+                    own.append((p, p.detach().clone()))
                     p.copy_(self.state[p]["ema"])
             yield
         finally:
-            self._averaging = outside
+            self._averaged = outer
             with torch.no_grad():
-                for p, value in zip(averaged, before, strict=True):
+                for p, value in own:
                     p.copy_(value)
-            self._versions.update({p: p._version for p in followed})
+            self._versions.update({p: version(p) for p in known})
 
     def push_hyperparameters(self) -> None:
         """Bring changes of lr, weight_decay, ... to captured CUDA graphs: call before replaying one.
@@ -294,8 +297,6 @@ class FusedOptimizer(States):
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        if self._averaging:
-            raise RuntimeError(f"{type(self).__name__}: a step inside averaged_parameters() would be lost after it")
         plan = self._plan
         changes = STRUCTURE if plan is None else plan.check(self.param_groups, self.state)
         if changes & STRUCTURE:
@@ -307,12 +308,12 @@ class FusedOptimizer(States):
                     step = step.__wrapped__
                 step(self)
                 return
+            self._refuse()
             self._build()
             plan, changes = self._plan, POINTERS | HYPERS
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._capture_checked:
             self._check_capture()
-        changes, self._pending = changes | self._pending, 0
         if changes & HYPERS:
             self._find_live()
         norm = self._norm(grad_scale) if self._norm_apart else None
@@ -320,6 +321,8 @@ class FusedOptimizer(States):
             shard.run(self.rule.op, changes, grad_scale, found_inf, norm, self.max_grad_norm)
         if self._aside or self._sparse:
             self._run_aside(grad_scale, found_inf, norm)
+            for _, row in self._aside:  # made anew at the next step; until then gradients would outlive zero_grad
+                del row.grad
         for p in self._fakes:
             if "step" in self.state.get(p, ()):
                 self.state[p]["step"] += 1
@@ -327,20 +330,14 @@ class FusedOptimizer(States):
             plan.bump_versions(grad_scale is not None)
         else:
             rows = [*self._fakes, *(p for shard in self._shards for p in shard.params)]
+            rows = [p for p in rows if not p.is_inference()]
             if rows:
                 torch.autograd.graph.increment_version(rows)
             if self.master_weights:
                 self._versions.update({p: p._version for p in rows})
 
-    def _renew(self) -> None:
-        """The next step makes a new table."""
-        self._harvest_versions()
-        self._plan = None
-
     def _forget(self) -> None:
         self._plan = self._outcome = None
-        self._pending = 0  # changes that no plan tells of
-        self._averaging = False
         # Tensors that graphs captured before still use: a replay would write to what then has their memory.
         kept = [t for shard in getattr(self, "_shards", ()) for t in shard.captured()]
         self._captured: list[Tensor] = [*getattr(self, "_captured", ()), *kept]
@@ -362,21 +359,42 @@ class FusedOptimizer(States):
         options = (self.master_weights, self.max_grad_norm, self.ema_decay, self.state_dtype)
         return self.stochastic_rounding or any(o is not None for o in options)
 
+    def _refuse(self) -> None:
+        """Raise where this step must not be, before anything has changed."""
+        if self._averaged:
+            raise RuntimeError(f"{type(self).__name__}: a step inside averaged_parameters() would train the averages")
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
+                    self._refuse_sparse(group, p)
+                if p.is_inference() and not torch.is_inference_mode_enabled():
+                    raise RuntimeError(
+                        f"{type(self).__name__}: parameters made in inference mode are updated in inference mode only"
+                    )
+
+    # Whatever mode this step is in, the next may be in another.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _build(self) -> None:
         """The table of all parameters that have a gradient, and what makes it out of date."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    self._refuse_sparse(group, p)
         self._harvest_versions()
-        unset = set(self._unset())
-        fresh = {p: place for p, place in self._fresh.items() if p in unset}
+        fresh = dict.fromkeys(self._unset())
         self._forget()
+        try:
+            self._plan_step(fresh)
+        except BaseException:
+            self._forget()
+            self._fresh = dict.fromkeys(fresh)
+            raise
+
+    def _plan_step(self, fresh: dict[Tensor, Any]) -> None:
+        """`fresh`: parameters whose momentum buffer was made and is still to be set."""
         hyper = torch.zeros(len(self.param_groups), _table.HYPERS, dtype=torch.float64, device="cpu")
         hyper[:, _table.EMA_DECAY] = self.ema_decay or 0.0
         self._hyper = hyper
-        rows: dict[torch.device, list[Entry]] = {}
+        found: list[tuple[int | None, int, Row, Tensor]] = []
         seen: set[Tensor] = set()
         aside: dict[Tensor, Row] = {}
         wrapped, stream = False, 0
@@ -397,18 +415,16 @@ class FusedOptimizer(States):
                 kind = None if p in seen else kind_of(row)
                 seen.add(p)
                 wrapped |= type(p) not in (Tensor, torch.nn.Parameter)
-                if kind is None:
-                    self._aside.append((g, row))
-                    aside[p] = row
-                    continue
-                source, row.grad = row.grad, follow(row.grad, row.param)
-                rows.setdefault(p.device, []).append((kind, g, row, p, None if source is row.grad else source))
-        for list_ in rows.values():
-            list_[:], shared = apart(list_)
-            for _, g, row, p, source in shared:  # one after the other
-                row.grad = row.grad if source is None else source
+                found.append((kind, g, row, p))
+        shared = _overlapping([p for kind, _, _, p in found if kind is not None])
+        rows: dict[torch.device, list[tuple[int, int, Row, Tensor, Tensor | None]]] = {}
+        for kind, g, row, p in found:
+            if kind is None or p in shared:
                 self._aside.append((g, row))
                 aside[p] = row
+                continue
+            source, row.grad = row.grad, follow(row.grad, row.param)
+            rows.setdefault(p.device, []).append((kind, g, row, p, None if source is row.grad else source))
         for device, list_ in rows.items():
             self._shards.append(Shard(device, sorted(list_, key=lambda r: r[:2]), hyper))
         self._capture_checked = any(s.device.type != "cpu" for s in self._shards)
@@ -428,8 +444,9 @@ class FusedOptimizer(States):
             self._fresh.update({p: (shard, i) for i, (p, row) in numbered if flagged(row)})
         self._fresh.update({p: row for p, row in aside.items() if flagged(row)})
         self._plan = None
-        several = wrapped or self._sparse or self._aside or self._fakes or len(self._shards) > 1
-        if _plan is None or several or is_fake(hyper):
+        apart = wrapped or self._sparse or self._aside or self._fakes or len(self._shards) > 1
+        apart = apart or any(p.is_inference() for shard in self._shards for p in shard.params)
+        if _plan is None or apart or is_fake(hyper):
             if self._shards or self._aside:
                 self._read_hypers()
             return
@@ -491,6 +508,7 @@ class FusedOptimizer(States):
         if self._extras() or group.get("fused") or not hasattr(self, "_sparse_step"):
             raise RuntimeError(self.sparse_refusal.format(name=type(self).__name__))
 
+    @torch.no_grad()
     def _norm(self, grad_scale: Tensor | None) -> Tensor:
         """Norm of all unscaled gradients, where they are not all in one table."""
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
@@ -498,13 +516,13 @@ class FusedOptimizer(States):
             norm = torch.nn.utils.get_total_norm(grads)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         else:
-            real = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
+            grads = [in_memory(g) for g in grads]
+            real = [torch.view_as_real(g.resolve_conj().resolve_neg()) if g.is_complex() else g for g in grads]
             norms = [torch.linalg.vector_norm(g, dtype=_table.accumulate_dtype(g.dtype)) for g in real]
             norms = [n.to(self._outcome.device) for n in norms]
-            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device="cpu")
+            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else self._outcome.new_zeros(())
         if grad_scale is not None:
             norm = norm / grad_scale.to(norm.device)
-        norm = norm.detach()
         self._outcome[0] = norm.to(self._outcome.device)
         return norm
 
@@ -520,7 +538,6 @@ class FusedOptimizer(States):
         hypers = self._hyper.tolist()
         for g, row in self._aside:
             _table.update_row(self.rule, row, hypers[g], unscale, factor, grad_scale is not None)
-            row.grad = None
         for group, p in self._sparse:
             if grad_scale is not None:
                 p.grad._values().mul_(unscale)
@@ -542,18 +559,17 @@ class FusedOptimizer(States):
             )
 
 
-Entry = tuple[int, int, Row, Tensor, Tensor | None]
-
-
-def apart(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """Those whose parameters share no memory, and those that do with one before them."""
-    order, own, shared, end = sorted(range(len(entries)), key=lambda i: entries[i][2].param.data_ptr()), [], [], 0
-    for i in order:
-        param = entries[i][2].param
-        begin, size = param.data_ptr(), param.numel() * param.itemsize
-        (shared if size and begin < end else own).append(i)
-        end = max(end, begin + size)
-    return [entries[i] for i in sorted(own)], [entries[i] for i in sorted(shared)]
+def _overlapping(params: list[Tensor]) -> set[Tensor]:
+    """Dense parameters that share memory with another one: two threads must not update it at once."""
+    shared: set[Tensor] = set()
+    spans = [(t.data_ptr(), t.numel() * t.element_size(), p) for p, t in ((p, local(p)) for p in params) if t.numel()]
+    last, end = None, 0
+    for begin, size, p in sorted(spans, key=lambda span: span[0]):
+        if begin < end:
+            shared |= {p, last}
+        if begin + size > end:
+            last, end = p, begin + size
+    return shared
 
 
 def _taken(place: tuple[Shard, int] | Row | None) -> int:

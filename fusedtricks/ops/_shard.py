@@ -16,6 +16,9 @@ TILE = 8192
 class Shard:
     """`entries`: (kind, group, row, parameter, gradient before it was copied to the parameter's layout or None).
 
+    `rows` and `copied` are there until the first step, which has the gradients of now: held longer they would outlive
+    `zero_grad`. What later steps point to somebody else holds.
+
     `tiled`: count whole tiles in START, for kernels of a GPU.
     """
 
@@ -57,6 +60,7 @@ class Shard:
             # Captured graphs read these again at every replay.
             self._staged: list[Tensor] = []
             self._staged_hyper: Tensor | None = None
+            self._streams = {torch.cuda.current_stream(device)}  # those that the allocator knows of
 
     def watched(self) -> list[list[Tensor]]:
         """What else rows point to, and would not notice being moved."""
@@ -81,6 +85,7 @@ class Shard:
         table, hyper = self.table, self.hyper
         if self.remote:
             table, hyper = self._upload(changes), self._hyper_on_device
+            self._tell_allocator()
         self._read_live()
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.device, non_blocking=True)
@@ -89,13 +94,21 @@ class Shard:
         if norm is not None:
             norm = norm.to(self.device, non_blocking=True)
         op(table, self.segments, self.progress, hyper, self.outcome, grad_scale, found_inf, norm, max_norm)
-        if grad_scale is not None:
+        if grad_scale is not None and self.copied:
             with torch.no_grad():
                 for source, copy in self.copied:
                     source.copy_(copy)
         if self.rows:
-            # Gradients are nobody's to keep: their addresses are in the table, and copies are made with the next one.
             self.rows, self.copied = [], []
+
+    def _tell_allocator(self) -> None:
+        """Memory made on one stream and used on another must not be given away before the other is done with it."""
+        stream = torch.cuda.current_stream(self.device)
+        if stream in self._streams or torch.cuda.is_current_stream_capturing():
+            return
+        for t in (self._on_device, self._hyper_on_device, self.progress, self.outcome):
+            t.record_stream(stream)
+        self._streams.add(stream)
 
     def _upload(self, changes: int) -> Tensor:
         """The table on the device."""
@@ -117,10 +130,10 @@ class Shard:
     def upload_hypers(self) -> None:
         if self.remote:
             capturing = torch.cuda.is_current_stream_capturing()
-            # A graph copies from here at every replay, and must bring what holds now: but not to replays before.
-            bits = [t.view(torch.int64) for t in (self._staged_hyper, self.hyper) if t is not None]  # NaN is itself
-            if self._staged_hyper is not None and not torch.equal(*bits):
-                if not capturing:
+            if self._staged_hyper is not None:  # a graph holds a copy from here, which must bring what holds now
+                bits = [t.view(torch.int64) for t in (self._staged_hyper, self.hyper)]  # what is not read here is NaN
+                if not capturing and not torch.equal(*bits):
+                    # Replays before this one may still be queued, and read here only when they run.
                     torch.cuda.synchronize(self.device)
                 self._staged_hyper.copy_(self.hyper)
             if capturing and self._staged_hyper is None:
@@ -133,7 +146,7 @@ class Shard:
     def _read_live(self) -> None:
         hyper = self._hyper_on_device if self.remote else self.hyper
         for group, column, value in self.live:
-            hyper[group, column].copy_(value)
+            hyper[group, column].copy_(value.detach())
 
 
 def _cells(row: Row, kind: int, group: int, start: int) -> list[int]:

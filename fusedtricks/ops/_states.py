@@ -28,7 +28,7 @@ class States(torch.optim.Optimizer):
     _versions: dict[Tensor, int]  # of parameters with masters, after the last step
 
     def _row(self, group: dict[str, Any], p: Tensor, stream: int, fresh: dict[Tensor, Any]) -> Row:
-        flags = 0
+        flags, grad = 0, in_memory(local(p.grad))
         uses = self.rule.uses(group)
         half = p.dtype in SIXTEEN_BITS
         has_master = half and self.master_weights is not None
@@ -36,7 +36,7 @@ class States(torch.optim.Optimizer):
             what = "stochastic_rounding" if self.stochastic_rounding else 'master_weights="remainder"'
             raise ValueError(f"{type(self).__name__}: {what} is for bfloat16 parameters, got {p.dtype}")
         if not (any(uses) or self.rule.counts or has_master or self.ema_decay is not None or self._rounding(p)):
-            return Row(local(p), plain(p.grad), [None] * len(uses), flags=self._rounding(p), stream=stream)
+            return Row(local(p), grad, [None] * len(uses), flags=self._rounding(p), stream=stream)
         state = self.state[p]
         self._scalars(group, p, state)
         # Read before they are made: what torch's first step sees is a missing buffer.
@@ -52,7 +52,11 @@ class States(torch.optim.Optimizer):
         if has_master:
             self._master(p, state)
         if self.ema_decay is not None:
-            self._average(p, state, has_master)
+            average = state.get("ema")
+            if average is None:
+                average = state["master"] if self.master_weights == "fp32" and has_master else p.detach()
+                average = _like(p, torch.float32 if half else p.dtype).copy_(average)
+            state["ema"] = self._fitted(p, average, torch.float32 if half else p.dtype, "ema")
         flags |= self._rounding(p)
         if has_master and self.master_weights == "remainder":
             flags |= _table.REMAINDER
@@ -64,7 +68,7 @@ class States(torch.optim.Optimizer):
             local(state[k]) if k in state and on else None
             for k, on in (("master", has_master), ("ema", self.ema_decay is not None))
         ]
-        return Row(local(p), plain(p.grad), states, *extra, step, factor, flags, stream)
+        return Row(local(p), grad, states, *extra, step, factor, flags, stream)
 
     def _rounding(self, p: Tensor) -> int:
         return _table.STOCHASTIC if self.stochastic_rounding and p.dtype == torch.bfloat16 else 0
@@ -84,8 +88,7 @@ class States(torch.optim.Optimizer):
                 dtype = _get_scalar_dtype(is_fused=group.get("fused"))
                 state[name] = torch.full((), start, dtype=dtype, device=device)
             elif not isinstance(value, Tensor) or (p.is_cuda and value.device != p.device) or value.dtype not in dtypes:
-                if not isinstance(value, Tensor):
-                    value = torch.tensor(float(value), dtype=torch.float64, device=device)
+                value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
                 state[name] = value.to(device, torch.float32)
         if len(wanted) == 2 and state[wanted[0]].dtype != state[wanted[1]].dtype:
             state[wanted[1]] = state[wanted[1]].to(state[wanted[0]].dtype)
@@ -97,47 +100,51 @@ class States(torch.optim.Optimizer):
             start = self.defaults.get(self.initial_state, 0) if self.initial_state else 0
             moment = _like(p, dtype)
             return moment.fill_(complex(start, start) if p.is_complex() else start)
+        if not (self.initial_state and value.dtype != dtype and self.state[p]["step"] == 0):
+            dtype = value.dtype  # else torch's constructor made it, in the parameter's dtype
+        return self._fitted(p, value, dtype, name)
+
+    def _fitted(self, p: Tensor, value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+        """A state as kernels take it: itself, or where a checkpoint or `module.to` left another, a copy that is."""
         if value.layout != torch.strided:
             value = value.to_dense()
-        if self.initial_state and value.dtype != dtype and self.state[p]["step"] == 0:
-            value = value.to(dtype)  # torch's constructor made it, in the parameter's dtype
         if value.shape != p.shape:
             raise RuntimeError(
                 f"{type(self).__name__}: expected state '{name}' of the parameter's shape {list(p.shape)}, got "
                 f"{list(value.shape)}"
             )
-        if dense(p) and not same_layout(value, p):  # a checkpoint from a model of another memory format
-            return _like(p, value.dtype).copy_(value)
-        return value
+        fits = value.dtype == dtype and value.device == p.device and (not dense(p) or same_layout(value, p))
+        return value if fits else _like(p, dtype).copy_(value)
 
     def _master(self, p: Tensor, state: dict[str, Any]) -> None:
         remainder = self.master_weights == "remainder"
         dtype = torch.int16 if remainder else torch.float32
         master = state.get("master")
-        if master is None or master.dtype != dtype:
-            if master is None or master.dtype not in (torch.int16, torch.float32, torch.float64):
-                # One of 16 bits went through torch's load_state_dict, and what it had beyond the parameter is lost.
-                bits = torch.zeros_like(p) if remainder else p
-            elif remainder:
-                bits = _table.split(master.float())[1]
-            else:
-                bits = _table.join(p, master) if master.dtype == torch.int16 else master
-            state["master"] = master = _like(p, dtype).copy_(bits)
-        elif self._versions.get(p, p._version) != p._version:
+        if master is None:
+            state["master"] = _like(p, dtype).copy_(torch.zeros_like(p) if remainder else p)
+            return
+        master = self._fitted(p, master, master.dtype, "master")
+        if master.dtype != dtype:
+            if not remainder:
+                # torch's load_state_dict gave it the parameter's dtype: it holds no more, or no weights but remainders.
+                master = p.detach() if master.dtype == p.dtype else master
+                master = _table.join(p, master) if master.dtype == torch.int16 else master
+            elif master.dtype == torch.float32:
+                master = _table.split(master)[1]
+            else:  # torch's load_state_dict gave a remainder the parameter's dtype
+                master = master.double().clamp(-(2**15), 2**15 - 1).to(torch.int16)
+            master = _like(p, dtype).copy_(master)
+        elif self._versions.get(p, version(p)) != version(p):
             # Somebody else wrote to the parameter: there the master follows it.
             shown = p if remainder else _table.visible(local(master), p.dtype)
             kept = torch.zeros_like(master) if remainder else torch.where(shown == local(p), local(master), local(p))
             master.copy_(kept)
-        if dense(p) and not same_layout(master, p):
-            state["master"] = _like(p, dtype).copy_(master)
+        state["master"] = master
 
-    def _average(self, p: Tensor, state: dict[str, Any], has_master: bool) -> None:
-        dtype = torch.float32 if p.dtype in SIXTEEN_BITS else p.dtype
-        ema = state.get("ema")
-        if ema is None:
-            ema = local(state["master"]) if self.master_weights == "fp32" and has_master else p.detach()
-        if "ema" not in state or ema.dtype != dtype:  # the model or torch's load_state_dict may have changed it
-            state["ema"] = _like(p, dtype).copy_(ema)
+
+def version(p: Tensor) -> int:
+    """Grows with every write to the parameter that autograd sees; of inference tensors it keeps none."""
+    return 0 if p.is_inference() else p._version
 
 
 def _like(p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,17 +156,14 @@ def _like(p: Tensor, dtype: torch.dtype) -> Tensor:
     return like.zero_()
 
 
-def plain(grad: Tensor) -> Tensor:
-    """The local gradient as numbers in memory: complex ones may be conjugated or negated when they are read."""
-    grad = local(grad)
-    if type(grad) is not Tensor:
-        return grad
-    return grad.clone() if grad._is_zerotensor() else grad.resolve_conj().resolve_neg()
-
-
 def follow(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient with the strides of its parameter: itself where it has them."""
     return grad if same_layout(grad, param) else torch.empty_like(param).copy_(grad)
+
+
+def in_memory(grad: Tensor) -> Tensor:
+    """The gradient itself, unless it is one of autograd's zeros, which have no memory."""
+    return torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device) if grad._is_zerotensor() else grad
 
 
 def kind_of(row: Row) -> int | None:
@@ -172,22 +176,17 @@ def kind_of(row: Row) -> int | None:
         return None
     if any(not same_layout(t, p) for t in others[1:]):
         return None
-    if row.ema is not None and row.ema.dtype != _table.accumulate_dtype(p.dtype):
-        return None
-    weights = torch.int16 if row.flags & _table.REMAINDER else torch.float32
-    if row.master is not None and row.master.dtype != weights:
-        return None
-    if (
-        p.is_complex()
-        or p.is_conj()
-        or p.is_neg()
-        or row.grad.is_neg()
-        or any(s.dtype != moments[0].dtype for s in moments)
-    ):
+    if p.is_complex() or any(t.is_neg() or t._is_zerotensor() for t in (p, *others)):
         return None
     scalars = [t for t in (row.step, row.factor) if t is not None]
-    if any(t.numel() != 1 or t.dtype not in (torch.float32, torch.float64) for t in scalars):
+    if any(t.device != p.device or t.numel() != 1 for t in scalars):
         return None
-    if any(t.device != p.device for t in scalars) or any(type(t) is not Tensor for t in (*others, *scalars)):
+    if any(type(t) is not Tensor for t in (*others, *scalars)):
+        return None
+    weights = torch.int16 if row.flags & _table.REMAINDER else torch.float32
+    counts = torch.float64 if row.flags & _table.STEP_FLOAT64 else torch.float32
+    alike = [(moments, moments[0].dtype if moments else None), (scalars, counts)]
+    alike += [([row.master], weights), ([row.ema], _table.accumulate_dtype(p.dtype))]
+    if any(t is not None and t.dtype != dtype for tensors, dtype in alike for t in tensors):
         return None
     return _table.KINDS.get((p.dtype, moments[0].dtype if moments else p.dtype))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Row:
     """One parameter with what its step reads and writes; tensors of the parameter's shape, of any strides."""
 
     param: Tensor
-    grad: Tensor | None  # None once the step that the row was made for is done
+    grad: Tensor
     states: list[Tensor | None]
     master: Tensor | None = None
     ema: Tensor | None = None
@@ -118,13 +118,13 @@ def lerp(start: Tensor, end: Tensor, weight: float, rest: float) -> Tensor:
 
 def lerp_squares(start: Tensor, g: Tensor, weight: float, rest: float) -> Tensor:
     """The same from an average of squares to g^2. Where that overflows, its share may not; infinity stays infinity."""
-    square = g * g
-    return torch.where(start + square < torch.inf, lerp(start, square, weight, rest), rest * start + weight * g * g)
+    average = lerp(start, g * g, weight, rest)
+    return torch.where(average < torch.inf, average, rest * start + weight * g * g)
 
 
-def decayed(p: Tensor, decay: float) -> Tensor:
-    """What decoupled weight decay takes from p: nothing from infinite weights, which stay."""
-    return torch.where(p.abs() < torch.inf, decay * p, 0.0)
+def with_decay(u: Tensor, p: Tensor, decay: float) -> Tensor:
+    """`u` and what decoupled weight decay takes from p: nothing from infinite weights, which stay."""
+    return torch.where(p.isfinite(), u + decay * p, u)
 
 
 def decays(h: Sequence[float]) -> tuple[float, float]:
@@ -181,11 +181,21 @@ def visible(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def update_row(rule: Rule, row: Row, h: Sequence[float], unscale: float, factor: float, write: bool) -> None:
     """One step of one parameter. `factor` multiplies the gradient; with `write` the gradient keeps `unscale` of it."""
     tensors = (row.param, row.grad, *row.states)
+    if any(t is not None and (t.is_conj() or t.is_neg()) for t in (*tensors, row.master, row.ema)):
+        param, grad, master, ema, *states = map(_resolved, (row.param, row.grad, row.master, row.ema, *row.states))
+        plain = replace(row, param=param, grad=grad, states=states, master=master, ema=ema)
+        update_row(rule, plain, h, unscale, factor, write)
+        row.taken = plain.taken
+        written = [(row.param, param), (row.master, master), (row.ema, ema), *zip(row.states, states, strict=True)]
+        for t, new in [*written, *([(row.grad, grad)] if write else [])]:
+            if t is not new:
+                t.copy_(new)
+        return
     param, grad, *states = (torch.view_as_real(t) if t is not None and t.is_complex() else t for t in tensors)
     dtype = accumulate_dtype(param.dtype)
     first = bool(row.flags & FIRST_MOMENTUM) and row.taken == 0
     # The count, which is exact where float32 is not, unless somebody changed what it was written to.
-    if row.step is not None and torch.tensor(row.taken, dtype=row.step.dtype, device="cpu") != row.step.item():
+    if row.step is not None and torch.tensor(row.taken, dtype=row.step.dtype, device="cpu").item() != row.step.item():
         row.taken = int(row.step.item())
     row.taken = t = row.taken + 1
     before = 1.0 if row.factor is None else row.factor.item()
@@ -223,6 +233,11 @@ def update_row(rule: Rule, row: Row, h: Sequence[float], unscale: float, factor:
             state.copy_(moment)
 
 
+def _resolved(t: Tensor | None) -> Tensor | None:
+    """Whose memory holds its values, and not their conjugates or negatives: itself where it does."""
+    return None if t is None else t.resolve_conj().resolve_neg()
+
+
 def clip_coefficient(norm: float, max_norm: float | None) -> float:
     """As torch.nn.utils.clip_grad_norm_."""
     if max_norm is None:
@@ -250,7 +265,7 @@ def step_table(
     unscale = 1.0 if grad_scale is None else 1 / grad_scale.double().item()
     if max_norm is not None and norm is None:
         squares = [r.grad.double().square().sum() for r, _ in rows]
-        norm = torch.stack(squares).sum().sqrt() * abs(unscale) if squares else torch.zeros((), device=table.device)
+        norm = torch.stack(squares).sum().sqrt() * abs(unscale) if squares else outcome.new_zeros(())
     if max_norm is not None:
         outcome[0] = norm
     if skip:

@@ -45,7 +45,7 @@ def update(p: Tensor, g: Tensor, s: list[Tensor | None], c: Scalars) -> Tensor:
     if c.amsgrad:
         second = s[2] = torch.maximum(s[2], s[1])
     u = c.rate * s[0] / (second.sqrt() + c.eps)
-    return u + _table.decayed(p, c.decay) if c.decay else u
+    return _table.with_decay(u, p, c.decay) if c.decay else u
 
 
 ADAMW_RULE = Rule(

@@ -45,7 +45,7 @@ def update(p: Tensor, g: Tensor, s: list[Tensor | None], c: Scalars) -> Tensor:
     s[0] = _table.lerp(s[0], g, 1 - c.beta1, c.beta1)
     s[1] = _table.lerp_squares(s[1], g, 1 - c.beta2, c.beta2)
     u = (c.of_grad * g + c.of_average * s[0]) / (s[1].sqrt() + c.eps)
-    return u + _table.decayed(p, c.decay) if c.decay else u
+    return _table.with_decay(u, p, c.decay) if c.decay else u
 
 
 NADAM_RULE = Rule(

@@ -42,7 +42,7 @@ def update(p: Tensor, g: Tensor, s: list[Tensor | None], c: Scalars) -> Tensor:
         s[0] = g if c.first else c.momentum * s[0] + c.share * g
         g = g + c.momentum * s[0] if c.nesterov else s[0]
     u = c.lr * g
-    return u + _table.decayed(p, c.decay) if c.decay else u
+    return _table.with_decay(u, p, c.decay) if c.decay else u
 
 
 SGD_RULE = Rule(
