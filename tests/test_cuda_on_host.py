@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import zlib
@@ -259,4 +260,5 @@ def test_load_out_of_bounds_is_caught() -> None:
     env = {**os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": options, "PYTHONPATH": str(Path(__file__).parent)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
     assert run.returncode != 0, run.stdout
-    assert "heap-buffer-overflow" in run.stderr, run.stderr[-2000:]
+    # What lies beyond the tensor is no allocation, or one that is gone.
+    assert re.search("AddressSanitizer: heap-(buffer-overflow|use-after-free)", run.stderr), run.stderr[-2000:]

@@ -37,7 +37,7 @@ struct SGD {
       s[0] = c.first ? g : c.momentum * s[0] + c.share * g;
       g = c.nesterov ? g + c.momentum * s[0] : s[0];
     }
-    V u = c.lr * g;
+    V u = rounded_product(g, c.lr);  // the same whether or not a loop subtracts it from p at once
     if (c.decay != 0) u = with_decay(u, p, c.decay);
     return u;
   }
