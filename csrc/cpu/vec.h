@@ -94,6 +94,23 @@ inline A sum_lanes(Vec<A, Bytes> v) {
   }
 }
 
+// Sums of lanes in double precision.
+template <class A>
+struct WideSum {
+  static constexpr int kParts = sizeof(double) / sizeof(A);
+  Vec<double> part[kParts] = {};
+
+  inline __attribute__((always_inline)) void operator+=(Vec<A> v) {
+    Vec<A, kVecBytes / kParts> narrow[kParts];
+    std::memcpy(narrow, &v, sizeof v);
+    for (int i = 0; i < kParts; ++i) part[i] += __builtin_convertvector(narrow[i], Vec<double>);
+  }
+  inline double over_lanes() const {
+    if constexpr (kParts == 2) return sum_lanes<double>(part[0] + part[1]);
+    return sum_lanes<double>(part[0]);
+  }
+};
+
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
 // 16-bit values travel in a register of half the width.
@@ -391,13 +408,13 @@ inline __attribute__((always_inline)) void sweep_stored(const T* p, int64_t coun
   }
 }
 
-// N sums over columns at once: f(j, lanes, terms) adds to terms[0..N-1]. Blocks are summed separately first, so the
-// rounding error of a row of a million columns stays that of a few hundred additions.
+// N sums over columns at once: f(j, lanes, terms) adds to terms[0..N-1]. Blocks are summed separately first and meet in
+// double precision, so neither a million columns nor one that outweighs all others costs digits.
 template <class A, int Unroll, int N, class F>
 inline __attribute__((always_inline)) void reduce(int64_t columns, A (&sums)[N], F&& f) {
   static_assert(Unroll == 1 || Unroll == 2 || Unroll == 4);
-  constexpr int64_t kBlock = 256 * kLanes<A>;
-  Vec<A> total[N] = {};
+  constexpr int64_t kBlock = 64 * kLanes<A>;
+  WideSum<A> total[N];
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
     Vec<A> part[Unroll][N] = {};
     const int64_t end = columns - begin < kBlock ? columns : begin + kBlock;
@@ -409,7 +426,7 @@ inline __attribute__((always_inline)) void reduce(int64_t columns, A (&sums)[N],
       if constexpr (Unroll == 4) total[n] += (part[0][n] + part[1][n]) + (part[2][n] + part[3][n]);
     }
   }
-  for (int n = 0; n < N; ++n) sums[n] = sum_lanes<A>(total[n]);
+  for (int n = 0; n < N; ++n) sums[n] = static_cast<A>(total[n].over_lanes());
 }
 
 }  // namespace fusedtricks::FT_ISA

@@ -93,6 +93,13 @@ def gamma_zero_or_negative(x: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Te
     return x, weight, *rest
 
 
+def one_outweighs_the_rest(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """Beside its square those of the others are less than half a unit in the last place, and are lost one by one."""
+    x = x.clone()
+    x[:, 7] = 1e5
+    return x, *rest
+
+
 ADVERSARIES = {
     **{f"mean {mean:.0e}": shifted(mean) for mean in (0, 1e1, 1e2, 1e3, 1e4, 1e5)},
     "mean 1e3 in a short row": shifted(1e3, columns=5),
@@ -114,5 +121,8 @@ ADVERSARIES = {
     "gamma zero or negative": Adversary(((6, 257), 1), gamma_zero_or_negative),
     "fp16 sums past 65504": Adversary(((4, 1000), 1), lambda x, *rest: (x * 300, *rest)),
     "one million columns": Adversary(((2, 1_000_003), 1), lambda x, *rest: (x + 10, *rest), dtypes=(torch.float32,)),
+    "one column outweighs four million": Adversary(
+        ((2, 4_000_003), 1), one_outweighs_the_rest, bound=1e-6, dtypes=(torch.float32,)
+    ),
     "150000 rows": Adversary(((150_001, 5), 1), lambda x, *rest: (x + 10, *rest), dtypes=(torch.float32,)),
 }
