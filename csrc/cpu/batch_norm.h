@@ -486,14 +486,16 @@ struct Fixed {
 };
 
 // How far on, in each tensor, the same elements of what is worked on next lie. They are fetched during a pass over what
-// the caches hold, when memory would be idle: of tensors that no cache holds as a whole. Of 16-bit elements too few
-// come with one instruction.
+// the caches hold, when memory would be idle: of tensors that no cache holds as a whole. A cache line is
+// fetched once, by the first register in it.
 struct Ahead {
   int64_t x, dy, residual;
 
   template <class T, class F>
   inline __attribute__((always_inline)) void fetch(const Run<T>& run, int64_t j, const F& flags) const {
-    if (!flags.streaming || sizeof(T) == 2) return;
+    if (!flags.streaming) return;
+    constexpr size_t kBytes = kLanes<Acc<T>> * sizeof(T);
+    if (kBytes < 64 && reinterpret_cast<uintptr_t>(run.x + j) % 64 >= kBytes) return;
     __builtin_prefetch(run.x + j + x, 0, 2);
     if (run.dy) __builtin_prefetch(run.dy + j + dy, 0, 2);
     if (flags.residual) __builtin_prefetch(run.residual + j + residual, 0, 2);
