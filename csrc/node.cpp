@@ -99,7 +99,7 @@ bool has_strides(const Tensor& t, at::IntArrayRef strides) {
 
 Tensor with_strides(const Tensor& t, at::IntArrayRef strides) {
   if (has_strides(t, strides)) return t;
-  return at::empty_strided_symint(t.sym_sizes(), c10::fromIntArrayRefSlow(strides), t.options()).copy_(t);
+  return t.new_empty_strided_symint(t.sym_sizes(), c10::fromIntArrayRefSlow(strides)).copy_(t);  // under vmap as well
 }
 
 // The gradients of the differentiable arguments, from the backward operator. `grads`: defined where they have to be.

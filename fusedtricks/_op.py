@@ -219,6 +219,17 @@ def _seen(args: tuple[Any, ...]) -> list[Any]:
     return found
 
 
+def leaf(module: torch.nn.Module, *args: Any) -> torch.fx.Proxy:
+    """The node of a torch.fx graph that calls `module`. fx makes one for modules of torch.nn alone, and would look
+    into ours, which cannot be computed with proxies. The module stays in the graph, and train() and eval() with it."""
+    tracer = args[0].tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        kind = type(module).__name__
+        raise torch.fx.proxy.TraceError(f"{kind} is a leaf of torch.fx graphs: trace a module that contains it")
+    return tracer.create_proxy("call_module", path, args, {})
+
+
 # The vmap that torch.autograd.grad(is_grads_batched=True) runs a backward under, older than torch.func's.
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 

@@ -71,6 +71,9 @@ def swap(model: torch.nn.Module, *, verbose: bool = True) -> Swapped:
     references held elsewhere do too; only their `forward` is another. Subclasses of torch's classes are left alone, for
     what they changed is theirs to know.
 
+    torch.compile, torch.export, torch.jit.trace and torch.fx take the model as before. TorchScript does not compile
+    ours: :func:`unswap` comes before `torch.jit.script`.
+
     Returns:
         What was replaced, and what was left and why; printed as well unless `verbose` is False.
 

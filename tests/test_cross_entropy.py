@@ -18,7 +18,7 @@ from torch.testing._internal.common_modules import module_db
 
 import fusedtricks
 from fusedtricks import MixedTarget, _op
-from fusedtricks.functional import cross_entropy, linear_cross_entropy
+from fusedtricks.functional import cross_entropy, distillation_loss, linear_cross_entropy
 
 hypothesis, st = pytest.importorskip("hypothesis"), pytest.importorskip("hypothesis.strategies")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the Triton kernels have tests of their own")
@@ -524,6 +524,27 @@ def test_a_label_out_of_range(size: tuple[int, ...], wrong: int) -> None:
     for target in (bad, MixedTarget(bad, y, torch.rand(4)), MixedTarget(y, bad, torch.rand(4))):
         with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds: row 2"):
             cross_entropy(x, target)
+
+
+def test_a_label_out_of_range_where_operations_are_composed() -> None:
+    """Under transforms, and with a weight that wants a gradient. Labels that are mapped over are not seen: NaN."""
+    x, y = torch.randn(4, 10), torch.tensor([1, 2, 10, 3])
+    loss = lambda x, y: cross_entropy(x, y)  # noqa: E731
+    ways = {
+        "grad": lambda: torch.func.grad(loss)(x, y),
+        "vmap": lambda: torch.func.vmap(loss, (0, None))(torch.stack((x, x)), y),
+        "grad of vmap": lambda: torch.func.vmap(torch.func.grad(loss), (0, None))(torch.stack((x, x)), y),
+        "jvp": lambda: torch.func.jvp(lambda x: loss(x, y), (x,), (x,)),
+        "weight": lambda: cross_entropy(x, y, torch.ones(10, requires_grad=True)),
+        "linear": lambda: torch.func.grad(lambda x: linear_cross_entropy(x, torch.eye(10), y))(x),
+        "distillation": lambda: torch.func.grad(lambda x: distillation_loss(x, x.detach(), y))(x),
+    }
+    for way in ways.values():
+        with pytest.raises(IndexError, match="Target 10 is out of bounds: row 2"):
+            way()
+    mapped = torch.func.vmap(loss)(x, y)
+    torch.testing.assert_close(mapped.isnan(), y == 10)
+    torch.testing.assert_close(mapped[:2], cross_entropy(x[:2], y[:2], reduction="none"))
 
 
 def test_bad_pairs() -> None:

@@ -291,6 +291,8 @@ def test_module_backward_twice_and_errors() -> None:
     student, wrong = student.detach(), torch.tensor([[0, 0], [0, 1], [2, 5], [0, 7]])
     with fusedtricks.backend("reference"), pytest.raises(IndexError, match="Index 5 of the teacher is out of bounds"):
         distillation_loss(student, (wrong, teacher[:, :2]))
+    with pytest.raises(IndexError, match="Index 5 of the teacher is out of bounds"):
+        torch.func.grad(lambda s: distillation_loss(s, (wrong, teacher[:, :2].detach())))(student)
     for error, match, args, options in (
         (RuntimeError, "student's shape", (student, teacher[:3]), {}),
         (RuntimeError, "sparse teacher", (student, (y, y)), {}),

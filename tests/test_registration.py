@@ -229,15 +229,44 @@ def test_compile_in_place(name: str) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["plain", "transposed"])
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "modules"])
-def test_gradients_of_a_batch_of_gradients(name: str) -> None:
+def test_gradients_of_a_batch_of_gradients(name: str, layout: str) -> None:
     """vmap over the backward alone, as torch.autograd.functional.jacobian(vectorize=True) has it."""
-    x = torch.linspace(-1, 2, 48).sin().reshape(8, 6).requires_grad_()
+    x = torch.linspace(-1, 2, 48).sin().reshape(8, 6)
+    x = (x.t().contiguous().t() if layout == "transposed" else x).requires_grad_()
     y = CALLS[name](x, LABELS)
     dys = torch.linspace(-1, 1, 3 * y.numel()).reshape(3, *y.shape)
     (together,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
     one_by_one = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys]
     torch.testing.assert_close(together, torch.stack(one_by_one))
+
+
+OPEN = {
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "dropout2d": lambda x: F.dropout2d(x, 0.5),
+    "dropout_add_layer_norm": lambda x: F.dropout_add_layer_norm(x, x, None, None, p=0.5),
+    "shake_shake": lambda x: F.shake_shake(x, 2 * x),
+    "norms": lambda x: F.rms_norm(F.layer_norm(F.batch_norm(x, None, None, training=True), (5,)), (5,)),
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_export_leaves_the_size_of_the_batch_open(name: str) -> None:
+    """Also where there are few channels, whose number of blocks of random bits would be seen as one, or not one."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return OPEN[name](x)
+
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(Model(), (torch.rand(4, 3, 5, 5),), dynamic_shapes=shapes).module()
+    for batch in (2, 9):
+        x = torch.rand(batch, 3, 5, 5)
+        torch.manual_seed(batch)
+        y = exported(x)
+        torch.manual_seed(batch)
+        torch.testing.assert_close(y, OPEN[name](x))
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])

@@ -116,3 +116,35 @@ def test_jit_traces_hold_torch_s_operators(training: bool) -> None:
         plain[1].momentum = 1.0  # which a trace holds as the number that it was
     torch.testing.assert_close(traced(x[:3]), plain(x[:3]))
     torch.testing.assert_close(list(traced.buffers()), list(plain.buffers()))
+
+
+class Everything(torch.nn.Module):
+    """One of each of our modules, with whatever they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = torch.nn.Sequential(nn.BatchNorm2d(3), nn.Dropout2d(0.5), nn.SyncBatchNorm(3).eval())
+        self.residual, self.row = nn.BatchNormAct2d(3), torch.nn.Sequential(nn.LayerNorm(4), nn.RMSNorm(4))
+        self.mix, self.drop, self.loss = nn.ShakeShake(), nn.DropoutAddLayerNorm(4), nn.CrossEntropyLoss()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.residual(self.residual(self.image(x)), x)
+        x = self.row(x)
+        return self.loss(self.drop(self.mix(x, 2 * x), x), labels)
+
+
+def test_fx_graphs_hold_our_modules() -> None:
+    """As they hold those of torch.nn, so that train() and eval() still reach them."""
+    model = Everything()
+    x, labels = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
+    graph = torch.fx.symbolic_trace(model)
+    called = " ".join(node.target for node in graph.graph.nodes if node.op == "call_module")
+    assert called == "image.0 image.1 image.2 residual residual row.0 row.1 mix drop loss"
+    for training in (True, False):
+        found = []
+        for f in (graph, copy.deepcopy(model)):
+            torch.manual_seed(0)
+            found.append(f.train(training)(x, labels))
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+    with pytest.raises(torch.fx.proxy.TraceError, match=r"LayerNorm is a leaf .* trace a module that contains it"):
+        torch.fx.symbolic_trace(nn.LayerNorm(4))

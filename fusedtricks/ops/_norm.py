@@ -44,8 +44,7 @@ def rstd_of(centred: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
 
 def laid_out_like(value: Tensor, template: Tensor) -> Tensor:
     """`value` with the strides of `torch.empty_like(template)`: those of a dense one, so memory formats are kept."""
-    out = torch.empty_like(template, dtype=value.dtype)
-    return value if value.stride() == out.stride() else out.copy_(value)
+    return laid_out(value, torch.empty_like(template).stride())
 
 
 def strides_like(t: Tensor) -> tuple[int, ...]:
@@ -57,7 +56,7 @@ def laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
     """`value` with these strides: a gradient may come in another layout than the tensor had."""
     if value.stride() == strides:
         return value
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+    return value.new_empty_strided(value.shape, strides).copy_(value)  # of values under vmap as well
 
 
 def check(

@@ -38,15 +38,21 @@ def _words(seed: Tensor, first: int, blocks: int, stream: int) -> Tensor:
     return torch.stack(philox(counter, (seed & _WORD, seed >> 32 & _WORD)), -1)
 
 
+def _slice(values: Tensor, first: int, count: int) -> Tensor:
+    """Of at least two blocks, and by index: where torch.export leaves `count` open, numbers of blocks that may be one
+    and slices would hold for some sizes only."""
+    return values.flatten()[torch.arange(first, first + count, device=values.device)]
+
+
 def random16(seed: Tensor, count: int, first: int = 0, stream: int = 0) -> Tensor:
     """(count,) int64 values below 2^16 of the elements from `first` on; `seed` a one-element int64 tensor."""
-    words = _words(seed, first // 8, (first % 8 + count + 7) // 8, stream)
-    return torch.stack((words & 0xFFFF, words >> 16), -1).reshape(-1)[first % 8 :][:count]
+    words = _words(seed, first // 8, count // 8 + 2, stream)
+    return _slice(torch.stack((words & 0xFFFF, words >> 16), -1), first % 8, count)
 
 
 def random32(seed: Tensor, count: int, first: int = 0, stream: int = 0) -> Tensor:
     """(count,) int64 values below 2^32 of the elements from `first` on; `seed` a one-element int64 tensor."""
-    return _words(seed, first // 4, (first % 4 + count + 3) // 4, stream).reshape(-1)[first % 4 :][:count]
+    return _slice(_words(seed, first // 4, count // 4 + 2, stream), first % 4, count)
 
 
 # In the place of a seed: one is to be drawn from torch's default generator.

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from fusedtricks._op import Op, apply, differentiating, transforming, wants_grad
+from fusedtricks._op import Op, apply, differentiating, leaf, transforming, wants_grad
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _batch_norm as bn
+from fusedtricks.ops._dtensor import is_dtensor
 from fusedtricks.ops._norm import accumulate_dtype, laid_out_like
 
 # y = activation(x^ weight + bias + residual), x (N, C, *). y has the strides of empty_like(x). stats (4, C), fp32 (fp64
@@ -268,7 +270,7 @@ def _run(
     arguments = _arguments(input, residual, weight, bias, *settings, need_mask)
     if (y := recorded(_nodes[training, known], *arguments)) is not None:
         return y
-    if torch.jit.is_tracing():  # torch's own is what other runtimes know
+    if torch.jit.is_tracing() or is_dtensor(input):  # torch's own is what other runtimes know
         z = _traced(input, weight, bias, buffers, training, momentum, eps)
         return bn.activate(z if residual is None else z + residual, activation, slope)
     if transforming():
@@ -320,7 +322,7 @@ def batch_norm(
 
     Args:
         input: (N, C, *); float32, bfloat16, float16 or float64, any strides. Batches whose channels, or whose planes,
-            lie in one run of memory are read in place, others are copied.
+            lie in one run of memory are read in place, others are copied. DTensors are torch's own.
         running_mean, running_var: (C,), updated in place in training: (1 - momentum) old + momentum new, the new
             variance unbiased. Both may be None in training.
         weight, bias: (C,), of any of these dtypes, the same as `input` or not.
@@ -385,6 +387,8 @@ def forward_module(
     slope: float = 0.0,
 ) -> Tensor:
     """The forward of torch's modules. The counter is counted by the kernel, and `momentum=None` read there: no sync."""
+    if isinstance(input, Proxy):
+        return leaf(module, input)
     module._check_input_dim(input)
     training = module.training or (module.running_mean is None and module.running_var is None)
     buffers = NO_BUFFERS
@@ -437,6 +441,8 @@ class _BatchNormAct:
         self.activation, self.negative_slope = activation, negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input, residual)
         code = bn.check_activation(input, residual, self.activation)
         return forward_module(self, input, residual, code, self.negative_slope)
 

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from fusedtricks._op import Op, apply, differentiating, readable, transforming
+from fusedtricks._op import Op, apply, differentiating, leaf, readable, transforming
 from fusedtricks.ops import _loss
 from fusedtricks.ops._loss import Options, Target
 from fusedtricks.ops._norm import FLOATS, accumulate_dtype, laid_out_like
@@ -140,10 +141,22 @@ def ranks(logits: Tensor, target: Target, o: Options) -> Tensor:
     return torch.stack(found).int()
 
 
+def seen(t: Tensor) -> bool:
+    """May the host look at values of `t` without waiting for a device? Not at those that vmap maps over."""
+    if torch.compiler.is_compiling() or type(t) is not Tensor or t.device.type != "cpu":
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return False
+        t = functorch.get_unwrapped(t)
+    return True
+
+
 def check_labels(target: Target, classes: int, ignore_index: int) -> None:
     """On a CPU a label out of range is an IndexError; on a GPU, without a sync, its loss and gradient are NaN."""
     for labels in (target.first, target.other):
-        if labels is None or labels.is_floating_point() or labels.device.type != "cpu" or type(labels) is not Tensor:
+        if labels is None or labels.is_floating_point() or not seen(labels):
             continue
         wrong = ((labels != ignore_index) & ((labels < 0) | (labels >= classes))).flatten().nonzero()
         if len(wrong):
@@ -391,8 +404,8 @@ def cross_entropy(
         The loss, () or of the labels' shape; with return_lse or topk a tuple (loss[, lse][, correct]).
 
     Raises:
-        IndexError: a label that is no class, on the CPU. On a GPU, which is not waited for, such a sample's loss and
-            gradient are NaN.
+        IndexError: a label that is no class, on the CPU. On a GPU, which is not waited for, and where labels are mapped
+            over by vmap, such a sample's loss and gradient are NaN.
         ValueError, RuntimeError, TypeError: torch's own for shapes and dtypes that do not fit.
     """
     if size_average is not None or reduce is not None:
@@ -441,6 +454,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     compiling = torch.compiler.is_compiling()
     if transforming() or (weight is not None and weight.requires_grad and torch.is_grad_enabled()):
+        check_labels(t, logits.shape[-1], o.ignore_index)
         loss, lse = _composed(logits, t, weight, o)
         rank = ranks(logits, t, o) if topk else None
         return loss, lse if need_lse else None, _correct(rank, t, topk)
@@ -513,6 +527,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.inplace_backward = inplace_backward
 
     def forward(self, input: Tensor, target: Tensor | MixedTarget) -> Any:
+        if isinstance(input, Proxy):
+            return leaf(self, input, target)
         return cross_entropy(
             input,
             target,

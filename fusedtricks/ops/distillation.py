@@ -137,7 +137,7 @@ def statistics(
 
 def check_indices(indices: Tensor, classes: int) -> None:
     """As `check_labels`: an IndexError on a CPU; on a GPU, without a sync, loss and gradient of the row are NaN."""
-    if indices.device.type != "cpu" or type(indices) is not Tensor:
+    if not ce.seen(indices):
         return
     wrong = ((indices < 0) | (indices >= classes)).nonzero()
     if len(wrong):
@@ -299,6 +299,10 @@ def _run(
     student: Tensor, teacher: Tensor, indices: Tensor | None, t: Target | None, weight: Tensor | None, o: Options
 ) -> Tensor:
     if transforming():
+        if t is not None:
+            ce.check_labels(t, student.shape[-1], o.ignore_index)
+        if indices is not None:
+            check_indices(indices, student.shape[-1])
         return composed(student, teacher, indices, t, weight, o)[0]
     given = (student, teacher, indices, *(t or (None, None, None)), weight)
     if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from fusedtricks._op import Op, transforming
+from fusedtricks._op import Op, leaf, transforming
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm
+from fusedtricks.ops._dtensor import is_dtensor
 from fusedtricks.ops._mixing import check_in_place
 from fusedtricks.ops._philox import DRAW, Seed, drawn, new_seed, random16
 
@@ -91,6 +93,10 @@ def run(x: Tensor, seed: Seed, keep: int, group: int, inplace: bool = False) -> 
     return x
 
 
+def _by_channel(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    return (torch.feature_dropout_ if inplace else torch.feature_dropout)(input, p, training)
+
+
 def _dropout(
     input: Tensor, p: float, training: bool, inplace: bool, group: int, generator: torch.Generator | None
 ) -> Tensor:
@@ -102,8 +108,9 @@ def _dropout(
         if input.is_complex():
             return torch.nn.functional.dropout(input, p, training, inplace)
         raise RuntimeError(f"dropout: expected an input of a floating dtype, but got {input.dtype}")
-    if input.is_nested:
-        return torch.nn.functional.dropout(input, p, training, inplace)
+    if input.is_nested or is_dtensor(input):
+        by_element = torch.nn.functional.dropout
+        return (by_element if group == 1 or input.is_nested else _by_channel)(input, p, training, inplace)
     if inplace:
         check_in_place("dropout", input)
         apart = not torch.compiler.is_compiling() and input.is_inference()
@@ -128,7 +135,8 @@ def dropout(
     """Drop-in for :func:`torch.nn.functional.dropout`: zeroes each element with probability p and scales the others.
 
     Args:
-        input: float32, bfloat16, float16 or float64, any shape and strides. (Complex input is torch's own.)
+        input: float32, bfloat16, float16 or float64, any shape and strides. (Complex input and DTensors are
+            torch's own.)
         p: rounded to a multiple of 1/65536; what is kept is divided by the keep probability that results, so the mean
             of the result is exactly `input`. 0 returns `input` itself and draws nothing; 1 gives zeros.
         training: False returns `input` itself.
@@ -230,6 +238,8 @@ class Dropout(torch.nn.Dropout):
     """Drop-in for :class:`torch.nn.Dropout`. See :func:`dropout`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         return dropout(input, self.p, self.training, self.inplace)
 
 
@@ -237,6 +247,8 @@ class Dropout1d(torch.nn.Dropout1d):
     """Drop-in for :class:`torch.nn.Dropout1d`. See :func:`dropout1d`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         return dropout1d(input, self.p, self.training, self.inplace)
 
 
@@ -244,6 +256,8 @@ class Dropout2d(torch.nn.Dropout2d):
     """Drop-in for :class:`torch.nn.Dropout2d`. See :func:`dropout2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         return dropout2d(input, self.p, self.training, self.inplace)
 
 
@@ -251,4 +265,6 @@ class Dropout3d(torch.nn.Dropout3d):
     """Drop-in for :class:`torch.nn.Dropout3d`. See :func:`dropout3d`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         return dropout3d(input, self.p, self.training, self.inplace)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from fusedtricks._op import Op, apply, differentiating, transforming
+from fusedtricks._op import Op, apply, differentiating, leaf, transforming
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm, layer_norm, rms_norm
 from fusedtricks.ops._philox import DRAW, Seed, drawn, new_seed
@@ -260,6 +261,8 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
         self.p, self.prenorm, self.rms = p, prenorm, rms
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(x, Proxy):
+            return leaf(self, x, residual)
         weight = self.weight
         if weight is None and len(self.normalized_shape) > 1:
             weight = torch.ones(self.normalized_shape, dtype=x.dtype, device=x.device)

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from fusedtricks._op import Op, apply, differentiating, transforming, wants_grad
+from fusedtricks._op import Op, apply, differentiating, leaf, transforming, wants_grad
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm
+from fusedtricks.ops._dtensor import by_rows, is_dtensor
 
 # x (*, C...) with `dims` trailing dimensions normalised, R rows in logical order. y has the strides of empty_like(x).
 # stats (3, R), fp32 (fp64 for fp64): mean, the part of the mean that its own precision rounds away, rstd.
@@ -119,7 +121,7 @@ def layer_norm(
 
     Args:
         input: (*, *normalized_shape); float32, bfloat16, float16 or float64, any strides. Rows with unit stride inside
-            are read in place.
+            are read in place. Of a DTensor each process normalises the rows it holds.
         weight, bias: `normalized_shape`, of any of these dtypes, the same as `input` or not.
         eps: added to the variance.
 
@@ -143,6 +145,8 @@ def layer_norm(
         return y
     if torch.jit.is_tracing() or input.is_nested:  # traces are for other runtimes, which know torch's own
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    if all(p is None or is_dtensor(p) for p in (input, weight, bias)):
+        return by_rows(lambda x, w, b: layer_norm(x, normalized_shape, w, b, eps), input, dims, weight, bias)
     if transforming():
         return layer_norm_fwd.implementation("reference")(input, weight, bias, eps, dims)[0]
     if not wants_grad(input, weight, bias):
@@ -154,4 +158,6 @@ class LayerNorm(torch.nn.LayerNorm):
     """Drop-in for :class:`torch.nn.LayerNorm`: same arguments, parameters and state_dict. See :func:`layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

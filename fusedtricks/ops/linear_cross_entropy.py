@@ -300,11 +300,10 @@ def linear_cross_entropy(
     o = Options(ignore_index, on, off, z_loss, softcap or 0.0, 1 / temperature, _loss.REDUCTIONS[reduction])
     flat = x.reshape(-1, x.shape[-1])
     with autocast:
+        ce.check_labels(t, classes, ignore_index)  # chunks would name the row they see
         if transforming():
             loss = _composed(flat, weight, bias, t, class_weight, o)
         else:
-            if not torch.compiler.is_compiling():
-                ce.check_labels(t, classes, ignore_index)  # chunks would name the row they see
             chunk = rows_at_once(flat.shape[0], classes, x.element_size(), chunk)
             need = tuple(
                 torch.is_grad_enabled() and v is not None and v.requires_grad

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from fusedtricks._op import Op, apply, differentiating, transforming, wants_grad
+from fusedtricks._op import Op, apply, differentiating, leaf, transforming, wants_grad
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _norm
+from fusedtricks.ops._dtensor import by_rows, is_dtensor
 
 # x (*, C...) with `dims` trailing dimensions normalised, R rows in logical order. y has the strides of empty_like(x).
 # rstd (R,), fp32 (fp64 for fp64).
@@ -95,7 +97,7 @@ def rms_norm(
 
     Args:
         input: (*, *normalized_shape); float32, bfloat16, float16 or float64, any strides. Rows with unit stride inside
-            are read in place. Complex input is torch's own.
+            are read in place. Of a DTensor each process normalises the rows it holds. Complex input is torch's own.
         weight: `normalized_shape`, of any of these dtypes, the same as `input` or not.
         eps: added to the mean of squares; None is the machine epsilon of the arithmetic (fp32, or fp64 for fp64).
 
@@ -119,6 +121,8 @@ def rms_norm(
         return y
     if torch.jit.is_tracing() or input.is_nested:  # traces are for other runtimes, which know torch's own
         return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
+    if all(p is None or is_dtensor(p) for p in (input, weight)):
+        return by_rows(lambda x, w: rms_norm(x, normalized_shape, w, eps), input, dims, weight)
     if transforming():
         return rms_norm_fwd.implementation("reference")(input, weight, eps, dims)[0]
     if not wants_grad(input, weight):
@@ -130,4 +134,6 @@ class RMSNorm(torch.nn.RMSNorm):
     """Drop-in for :class:`torch.nn.RMSNorm`: same arguments, parameters and state_dict. See :func:`rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return leaf(self, x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from fusedtricks._op import Op, apply, differentiating, transforming
+from fusedtricks._op import Op, apply, differentiating, leaf, transforming
 from fusedtricks.ops import _mixing, _norm
 
 # y = alpha x1 + (1 - alpha) x2; dx1 = beta dy, dx2 = (1 - beta) dy. alpha and beta have one element or one for each
@@ -132,6 +133,8 @@ class ShakeShake(torch.nn.Module):
         self.per_sample, self.generator = per_sample, generator
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        if isinstance(x1, Proxy):
+            return leaf(self, x1, x2)
         return shake_shake(x1, x2, self.training, self.per_sample, generator=self.generator)
 
     def extra_repr(self) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.fx import Proxy
 
-from fusedtricks._op import apply, differentiating
+from fusedtricks._op import apply, differentiating, leaf
 from fusedtricks.ops import _batch_norm as bn
 from fusedtricks.ops.batch_norm import (
     NO_BUFFERS,
@@ -127,6 +128,8 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         if not (self.training and dist.is_available() and dist.is_initialized()):
@@ -159,6 +162,7 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             converted = cls.__new__(cls)
             converted.__dict__ = module.__dict__.copy()
+            converted._parameters, converted._buffers = module._parameters.copy(), module._buffers.copy()
             converted.process_group = process_group
         for name, child in module.named_children():
             converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
