@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CASES
 from parity import assert_bitwise_equal
-from sweep import INTERPRETED, forced, targets
+from sweep import INTERPRETED, Target, forced, targets
 from torch import Tensor
 
 import fusedtricks
@@ -93,6 +93,26 @@ def test_images(target, layout: torch.memory_format, dtype: torch.dtype, size: t
         want = eager(truth, lam.double(), perm)
         error = (y.double() - want).abs().max()
         assert error <= want.abs().max() * max(torch.finfo(dtype).eps, 1e-6) * 0.75
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.device == "cpu"], ids=str)
+def test_every_sample_of_many_is_checked(target: Target) -> None:
+    """Threads look at shares of the permutation, and see together that a sample comes twice."""
+    x, lam, perm = torch.randn(70_001, 3), torch.rand(70_001), torch.randperm(70_001)
+    before = x.clone()
+    twice, beyond, negative = (perm.clone() for _ in range(3))
+    twice[5], beyond[-1], negative[0] = perm[-5], 70_001, -1
+    late, missing = lam.clone(), lam.clone()
+    late[-1], missing[40_000] = 1.5, torch.nan
+    bad = [(twice, lam), (beyond, lam), (negative, lam), (perm, late), (perm, missing)]
+    for (p, weights), out in itertools.product(bad, (None, x)):
+        with forced(target), pytest.raises(RuntimeError, match=r"not a permutation|lam in"):
+            mixup(x, None, weights, p, out=out)
+        assert torch.equal(x, before)
+    with forced(target):
+        y = mixup(x, None, lam, perm)[0]
+        torch.testing.assert_close(y, eager(before, lam, perm))
+        assert torch.equal(mixup(x, None, lam, perm, out=x)[0], y)
 
 
 def test_errors_leave_x_as_it_is() -> None:

@@ -1,6 +1,8 @@
 // What mixup and cutmix share on the CPU: the cycles of a permutation, and batches as samples in memory order.
 #pragma once
 
+#include <bit>
+#include <mutex>
 #include <vector>
 
 #include "parallel.h"
@@ -74,6 +76,34 @@ struct Cycles {
     start.push_back(N);
   }
 };
+
+// Raises where perm is not a permutation. Every thread marks what it meets in bits of its own, so few that they stay in
+// its caches, and no cache line is written by two.
+inline void check_permutes(const char* op, const Tensor& perm) {
+  const int64_t N = perm.size(0);
+  const auto* p = static_cast<const int64_t*>(perm.const_data_ptr());
+  std::vector<uint64_t> seen;
+  std::mutex merging;
+  bool inside = true;
+  parallel_pieces(N, 1, [&](Pieces& pieces) {
+    std::vector<uint64_t> mine(static_cast<size_t>(N + 63) / 64);
+    bool fine = true;
+    pieces.each([&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto j = static_cast<uint64_t>(p[i]);
+        fine = fine && j < static_cast<uint64_t>(N);
+        if (fine) mine[j / 64] |= uint64_t{1} << j % 64;
+      }
+    });
+    const std::lock_guard lock(merging);
+    inside = inside && fine;
+    if (seen.empty()) return seen.swap(mine);
+    for (size_t word = 0; word < seen.size(); ++word) seen[word] |= mine[word];
+  });
+  int64_t distinct = 0;
+  for (const uint64_t word : seen) distinct += std::popcount(word);
+  STD_TORCH_CHECK(inside && distinct == N, op, ": perm is not a permutation of 0 to ", N - 1);
+}
 
 // The inverse of perm, which must be a permutation.
 inline std::vector<int64_t> inverse_of(const char* op, const Tensor& perm) {

@@ -8,7 +8,7 @@ namespace fusedtricks::FT_ISA {
 // Elements of a sample dealt with at once: of three samples they fit the first-level cache.
 inline constexpr int64_t kMostColumns = 1024;
 // Samples up to here are mixed in the order of memory; in place if they are very short and this many, from a copy.
-inline constexpr int64_t kShortBytes = 512, kCopiedBytes = 128, kFewestCopied = 1 << 16;
+inline constexpr int64_t kShortBytes = 512, kCopiedBytes = 256, kFewestCopied = 1 << 16;
 // Samples at most between the one that is mixed and the one that is fetched.
 inline constexpr int64_t kFetched = 16;
 
@@ -147,6 +147,7 @@ void mix_short_samples(const Samples& s, const int64_t* partner, const T* x, T* 
       const int64_t j = partner[i];
       const T* next = x + partner[std::min(i + kFetched, end - 1)] * s.x_stride;
       for (int64_t at = 0; at < s.run; at += kLine) __builtin_prefetch(next + at);
+      __builtin_prefetch(next + s.run - 1);  // a sample begins anywhere in a cache line
       mix_elements<false, false>(x + i * s.x_stride, x + j * s.x_stride, y + i * s.y_stride, s.run, weight(i),
                                  A(1) - weight(Transposed ? j : i), static_cast<const A*>(nullptr),
                                  static_cast<const A*>(nullptr), next);
@@ -159,8 +160,12 @@ template <class A>
 const A* weights_of(const char* op, const Tensor& x, const Tensor& lam) {
   check_weights(op, x, lam);
   const auto* values = static_cast<const A*>(lam.const_data_ptr());
-  for (int64_t i = 0; i < lam.numel(); ++i) {
-    STD_TORCH_CHECK(values[i] >= 0 && values[i] <= 1, op, ": expected lam in [0, 1], but got ", values[i]);
+  const auto fine = [](A value) { return (value >= 0) & (value <= 1); };
+  const int64_t count = lam.numel();
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) wrong += !fine(values[i]);
+  for (int64_t i = 0; wrong > 0 && i < count; ++i) {
+    STD_TORCH_CHECK(fine(values[i]), op, ": expected lam in [0, 1], but got ", values[i]);
   }
   return values;
 }
@@ -177,7 +182,12 @@ void mix_batch(const char* op, const Tensor& x, const Tensor& y, const Tensor& l
       const Samples samples(to, from);
       const bool in_place = from.const_data_ptr() == to.const_data_ptr();
       if (!in_place && shorter<T>(samples, kShortBytes)) {
-        const auto inverse = inverse_of(op, perm);  // shows that perm is one
+        std::vector<int64_t> inverse;
+        if constexpr (Transposed) {
+          inverse = inverse_of(op, perm);
+        } else {
+          check_permutes(op, perm);
+        }
         const auto* partner = Transposed ? inverse.data() : static_cast<const int64_t*>(perm.const_data_ptr());
         mix_short_samples<Transposed>(samples, partner, static_cast<const T*>(from.const_data_ptr()),
                                       static_cast<T*>(to.mutable_data_ptr()), weights, lam.numel() == 1);
