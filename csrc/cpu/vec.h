@@ -409,11 +409,12 @@ inline __attribute__((always_inline)) void sweep_stored(const T* p, int64_t coun
 }
 
 // N sums over columns at once: f(j, lanes, terms) adds to terms[0..N-1]. Blocks are summed separately first and meet in
-// double precision, so neither a million columns nor one that outweighs all others costs digits.
+// double precision, so neither a million columns nor one that outweighs all others costs digits. In a few registers
+// there is nothing to gain.
 template <class A, int Unroll, int N, class F>
 inline __attribute__((always_inline)) void reduce(int64_t columns, A (&sums)[N], F&& f) {
   static_assert(Unroll == 1 || Unroll == 2 || Unroll == 4);
-  constexpr int64_t kBlock = 64 * kLanes<A>;
+  constexpr int64_t kBlock = 64 * kLanes<A>, kFew = 16 * kLanes<A>;
   WideSum<A> total[N];
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
     Vec<A> part[Unroll][N] = {};
@@ -421,10 +422,14 @@ inline __attribute__((always_inline)) void reduce(int64_t columns, A (&sums)[N],
     sweep<A, Unroll>(begin, end,
                      [&](int64_t j, auto lanes, int k) __attribute__((always_inline)) { f(j, lanes, part[k]); });
     for (int n = 0; n < N; ++n) {
-      if constexpr (Unroll == 1) total[n] += part[0][n];
-      if constexpr (Unroll == 2) total[n] += part[0][n] + part[1][n];
-      if constexpr (Unroll == 4) total[n] += (part[0][n] + part[1][n]) + (part[2][n] + part[3][n]);
+      if constexpr (Unroll == 2) part[0][n] += part[1][n];
+      if constexpr (Unroll == 4) part[0][n] = (part[0][n] + part[1][n]) + (part[2][n] + part[3][n]);
     }
+    if (columns <= kFew) {
+      for (int n = 0; n < N; ++n) sums[n] = sum_lanes<A>(part[0][n]);
+      return;
+    }
+    for (int n = 0; n < N; ++n) total[n] += part[0][n];
   }
   for (int n = 0; n < N; ++n) sums[n] = static_cast<A>(total[n].over_lanes());
 }
