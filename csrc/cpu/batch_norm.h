@@ -486,8 +486,8 @@ struct Fixed {
 };
 
 // How far on, in each tensor, the same elements of what is worked on next lie. They are fetched during a pass over what
-// the caches hold, when memory would be idle: of tensors that no cache holds as a whole. A cache line is
-// fetched once, by the first register in it.
+// the caches hold, when memory would be idle: of tensors that no cache holds as a whole. A cache line is fetched once,
+// by the first register in it.
 struct Ahead {
   int64_t x, dy, residual;
 

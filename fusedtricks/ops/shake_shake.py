@@ -57,8 +57,8 @@ class _ShakeShake(torch.autograd.Function):
         if beta is None:
             beta = draw(dy, ctx.per_sample, ctx.generator)
         backward = _ShakeShakeBackward.apply if differentiating() else shake_shake_bwd
-        grads = backward(dy, beta)
-        return *(_norm.laid_out(g, s) for g, s in zip(grads, ctx.strides, strict=True)), *[None] * 3
+        (dx1, dx2), (strides1, strides2) = backward(dy, beta), ctx.strides
+        return _norm.laid_out(dx1, strides1), _norm.laid_out(dx2, strides2), None, None, None
 
 
 class _ShakeShakeBackward(torch.autograd.Function):
