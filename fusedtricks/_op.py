@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import library
 
 # Absent when the package was built without a compiler: Triton then serves GPUs and the reference CPUs.
 _C = importlib.import_module("fusedtricks._C") if importlib.util.find_spec("fusedtricks._C") else None
@@ -38,13 +39,13 @@ _node = for_this_torch("fusedtricks._node")
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _NAMESPACE = "fusedtricks"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_libraries: dict[str, torch.library.Library] = {}
+_libraries: dict[str, library.Library] = {}
 _forced: str | None = None
 
 
-def _library(namespace: str) -> torch.library.Library:
+def _library(namespace: str) -> library.Library:
     if namespace not in _libraries:
-        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
+        _libraries[namespace] = library.Library(namespace, "FRAGMENT")
     return _libraries[namespace]
 
 
@@ -238,6 +239,17 @@ def readable(t: torch.Tensor) -> bool:
     """May the host look at a value of `t`? Not of a fake tensor, nor under vmap or where operations are traced."""
     plain = type(t) is torch.Tensor and not transforming() and torch._C._len_torch_dispatch_stack() == 0
     return plain and not torch._C._dispatch_keys(t).has(_BATCHED)
+
+
+def seen(t: torch.Tensor) -> bool:
+    """Are the values of `t` there to be checked, without waiting for a device? Also under transforms, unless vmap maps
+    over them."""
+    if torch.compiler.is_compiling() or type(t) is not torch.Tensor or t.device.type != "cpu":
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(t):
+        t = functorch.get_unwrapped(t)
+    return not functorch.is_functorch_wrapped_tensor(t) and not torch._C._dispatch_keys(t).has(_BATCHED)
 
 
 def differentiating() -> bool:

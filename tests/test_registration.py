@@ -10,7 +10,7 @@ import torch
 from cases import CASES, Case
 from parity import LAYOUTS, Guarded
 from sweep import INTERPRETED, cast, forward_backward, functions_alone, outputs, subsets
-from torch import Tensor
+from torch import Tensor, library
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusedtricks import MixedTarget
@@ -58,10 +58,10 @@ def test_opcheck(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = sample_calls(CASES[stem], monkeypatch)
     assert {op.name for op, _ in calls} == {op.name for op in CASES[stem].operators}
     for op, args in calls:
-        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
     for op in CASES[stem].operators:
         args = next(args for called, args in calls if called is op)
-        torch.library.opcheck(op.default, args)
+        library.opcheck(op.default, args)
 
 
 @pytest.mark.parametrize("stem", CASES)

@@ -249,6 +249,9 @@ def test_convert_keeps_everything() -> None:
     assert converted[1][0].momentum is None
     close(converted(torch.ones(2, 3, 4, 4)), before)
     assert len(seen) == 2
+    alone = torch.nn.BatchNorm1d(3)
+    fusedtricks.nn.SyncBatchNorm.convert_sync_batchnorm(alone).bias = None
+    assert alone.bias is not None
     assert type(fusedtricks.nn.SyncBatchNorm.convert_sync_batchnorm(torch.nn.BatchNorm1d(3))) is type(converted[1][0])
 
 

@@ -38,12 +38,10 @@ inline void copy(const T* from, int64_t count, T* to) {
 }
 
 Tensor cutmix_fwd(const Tensor& x, const Tensor& perm, const Tensor& box) {
-  check_permutation("cutmix_fwd", x, perm);
+  const auto* partner = permutation_of("cutmix_fwd", x, perm);
   check_boxes("cutmix_fwd", x, box);
-  const Cycles cycles("cutmix_fwd", perm);
   return on_images(x, [&](const Tensor& from, const Tensor& to) {
     const Images images(from);
-    const auto* partner = static_cast<const int64_t*>(perm.const_data_ptr());
     const auto* edges = static_cast<const int64_t*>(box.const_data_ptr());
     dispatch_size("cutmix_fwd", x, [&]<class T>() {
       const T* source = static_cast<const T*>(from.const_data_ptr());
@@ -75,14 +73,9 @@ Tensor cutmix_fwd(const Tensor& x, const Tensor& perm, const Tensor& box) {
 inline constexpr int64_t kLongest = 4096;  // elements of a line of an image that is put together before it is stored
 
 Tensor cutmix_bwd(const Tensor& dy, const Tensor& perm, const Tensor& box) {
-  check_permutation("cutmix_bwd", dy, perm);
+  const auto back = inverse_of(permutation_of("cutmix_bwd", dy, perm), dy.size(0));
   check_boxes("cutmix_bwd", dy, box);
   check_floating("cutmix_bwd", "dy", dy.scalar_type());
-  const Cycles cycles("cutmix_bwd", perm);
-  std::vector<int64_t> back(cycles.order.size());
-  for (size_t i = 0; i < back.size(); ++i) {
-    back[static_cast<size_t>(static_cast<const int64_t*>(perm.const_data_ptr())[i])] = static_cast<int64_t>(i);
-  }
   return on_images(dy, [&](const Tensor& from, const Tensor& to) {
     const Images images(from);
     const auto* edges = static_cast<const int64_t*>(box.const_data_ptr());

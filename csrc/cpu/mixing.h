@@ -49,37 +49,10 @@ class LineWriter {
   LineEnds ends_;
 };
 
-// The samples in the order in which the cycles of a permutation pass them, so that the partner of one is the next, and
-// of the last of a cycle the first. A sample is then in the cache when it is needed again, and mixing in place needs a
-// copy of the first of a cycle alone.
-struct Cycles {
-  std::vector<int64_t> order;
-  std::vector<int64_t> start;  // in `order`; one more than there are cycles
-
-  Cycles(const char* op, const Tensor& perm) {
-    const int64_t N = perm.size(0);
-    const auto* p = static_cast<const int64_t*>(perm.const_data_ptr());
-    std::vector<bool> seen(static_cast<size_t>(N), false);
-    order.reserve(static_cast<size_t>(N));
-    for (int64_t first = 0; first < N; ++first) {
-      if (seen[static_cast<size_t>(first)]) continue;
-      start.push_back(static_cast<int64_t>(order.size()));
-      for (int64_t i = first;;) {
-        seen[static_cast<size_t>(i)] = true;
-        order.push_back(i);
-        i = p[i];
-        STD_TORCH_CHECK(i >= 0 && i < N && (i == first || !seen[static_cast<size_t>(i)]), op,
-                        ": perm is not a permutation of 0 to ", N - 1);
-        if (i == first) break;
-      }
-    }
-    start.push_back(N);
-  }
-};
-
-// Raises where perm is not a permutation. Every thread marks what it meets in bits of its own, so few that they stay in
-// its caches, and no cache line is written by two.
-inline void check_permutes(const char* op, const Tensor& perm) {
+// perm, one number for each sample of x; raises where it is no permutation. Every thread marks what it meets in bits of
+// its own, so few that they stay in its caches, and no cache line is written by two.
+inline const int64_t* permutation_of(const char* op, const Tensor& x, const Tensor& perm) {
+  check_permutation(op, x, perm);
   const int64_t N = perm.size(0);
   const auto* p = static_cast<const int64_t*>(perm.const_data_ptr());
   std::vector<uint64_t> seen;
@@ -103,20 +76,36 @@ inline void check_permutes(const char* op, const Tensor& perm) {
   int64_t distinct = 0;
   for (const uint64_t word : seen) distinct += std::popcount(word);
   STD_TORCH_CHECK(inside && distinct == N, op, ": perm is not a permutation of 0 to ", N - 1);
+  return p;
 }
 
-// The inverse of perm, which must be a permutation.
-inline std::vector<int64_t> inverse_of(const char* op, const Tensor& perm) {
-  const int64_t N = perm.size(0);
-  const auto* p = static_cast<const int64_t*>(perm.const_data_ptr());
-  std::vector<int64_t> inverse(static_cast<size_t>(N), -1);
-  for (int64_t i = 0; i < N; ++i) {
-    STD_TORCH_CHECK(p[i] >= 0 && p[i] < N && inverse[static_cast<size_t>(p[i])] < 0, op,
-                    ": perm is not a permutation of 0 to ", N - 1);
-    inverse[static_cast<size_t>(p[i])] = i;
-  }
+inline std::vector<int64_t> inverse_of(const int64_t* permutation, int64_t N) {
+  std::vector<int64_t> inverse(static_cast<size_t>(N));
+  for (int64_t i = 0; i < N; ++i) inverse[static_cast<size_t>(permutation[i])] = i;
   return inverse;
 }
+
+// The samples in the order in which the cycles of a permutation pass them, so that the partner of one is the next, and
+// of the last of a cycle the first. A sample is then in the cache when it is needed again, and mixing in place needs a
+// copy of the first of a cycle alone.
+struct Cycles {
+  std::vector<int64_t> order;
+  std::vector<int64_t> start;  // in `order`; one more than there are cycles
+
+  Cycles(const int64_t* permutation, int64_t N) {
+    std::vector<bool> passed(static_cast<size_t>(N), false);
+    order.reserve(static_cast<size_t>(N));
+    for (int64_t first = 0; first < N; ++first) {
+      if (passed[static_cast<size_t>(first)]) continue;
+      start.push_back(static_cast<int64_t>(order.size()));
+      for (int64_t i = first; !passed[static_cast<size_t>(i)]; i = permutation[i]) {
+        passed[static_cast<size_t>(i)] = true;
+        order.push_back(i);
+      }
+    }
+    start.push_back(N);
+  }
+};
 
 // Two batches of one shape: runs of unit stride inside a sample, at the same places of every sample.
 struct Samples {

@@ -174,27 +174,23 @@ const A* weights_of(const char* op, const Tensor& x, const Tensor& lam) {
 template <bool Transposed>
 void mix_batch(const char* op, const Tensor& x, const Tensor& y, const Tensor& lam, const Tensor& perm) {
   check_floating(op, "x", x.scalar_type());
-  check_permutation(op, x, perm);
+  const auto* partner = permutation_of(op, x, perm);
   dispatch(op, x.scalar_type(), [&]<class T>() {
     const auto* weights = weights_of<Acc<T>>(op, x, lam);
-    if (x.numel() == 0) return void(Cycles(op, perm));
+    if (x.numel() == 0) return;
     auto run = [&](const Tensor& from, const Tensor& to) {
       const Samples samples(to, from);
       const bool in_place = from.const_data_ptr() == to.const_data_ptr();
       if (!in_place && shorter<T>(samples, kShortBytes)) {
         std::vector<int64_t> inverse;
-        if constexpr (Transposed) {
-          inverse = inverse_of(op, perm);
-        } else {
-          check_permutes(op, perm);
-        }
-        const auto* partner = Transposed ? inverse.data() : static_cast<const int64_t*>(perm.const_data_ptr());
-        mix_short_samples<Transposed>(samples, partner, static_cast<const T*>(from.const_data_ptr()),
+        if constexpr (Transposed) inverse = inverse_of(partner, samples.count);
+        mix_short_samples<Transposed>(samples, Transposed ? inverse.data() : partner,
+                                      static_cast<const T*>(from.const_data_ptr()),
                                       static_cast<T*>(to.mutable_data_ptr()), weights, lam.numel() == 1);
         return true;
       }
       if (!samples.unit) return false;
-      const Cycles cycles(op, perm);
+      const Cycles cycles(partner, samples.count);
       mix_samples<Transposed, false>(samples, cycles, static_cast<const T*>(from.const_data_ptr()),
                                      static_cast<T*>(to.mutable_data_ptr()), weights, lam.numel() == 1, in_place,
                                      Channels{});
@@ -214,8 +210,7 @@ void mix_batch(const char* op, const Tensor& x, const Tensor& y, const Tensor& l
 void mix_images(const char* op, const Tensor& x, const Tensor& y, const Tensor& lam, const Tensor& perm,
                 const MaybeTensor& scale, const MaybeTensor& shift) {
   check_images(op, x, scale, shift);
-  check_permutation(op, x, perm);
-  const Cycles cycles(op, perm);
+  const Cycles cycles(permutation_of(op, x, perm), x.size(0));
   const auto* weights = weights_of<float>(op, x, lam);
   if (x.numel() == 0) return;
   const auto run = [&](const Tensor& from, const Tensor& to) {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def is_dtensor(t: Tensor) -> bool:
-    """Asked by attribute: importing the module takes a second, which only those who use it should pay."""
-    return hasattr(t, "device_mesh")
+    """By attribute: importing the class takes a second, which only those who use it should pay."""
+    return type(t) is not Tensor and hasattr(t, "device_mesh")
 
 
 def by_rows(norm: Callable[..., Tensor], input: Any, dims: int, *parameters: Any) -> Any:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from fusedtricks._op import Op, apply, differentiating, leaf, readable, transforming
+from fusedtricks._op import Op, apply, differentiating, leaf, readable, seen, transforming
 from fusedtricks.ops import _loss
 from fusedtricks.ops._loss import Options, Target
 from fusedtricks.ops._norm import FLOATS, accumulate_dtype, laid_out_like
@@ -139,18 +139,6 @@ def ranks(logits: Tensor, target: Target, o: Options) -> Tensor:
         rank = ((logits > mine) | ((logits == mine) & before)).sum(-1)
         found.append(torch.where(kept & ~mine.squeeze(-1).isnan(), rank, classes).flatten())
     return torch.stack(found).int()
-
-
-def seen(t: Tensor) -> bool:
-    """May the host look at values of `t` without waiting for a device? Not at those that vmap maps over."""
-    if torch.compiler.is_compiling() or type(t) is not Tensor or t.device.type != "cpu":
-        return False
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t):
-            return False
-        t = functorch.get_unwrapped(t)
-    return True
 
 
 def check_labels(target: Target, classes: int, ignore_index: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedtricks._op import Op, differentiating, readable, transforming
+from fusedtricks._op import Op, differentiating, seen, transforming
 from fusedtricks._pair import pair, recorded
 from fusedtricks.ops import _mixing, _norm, mixup
 from fusedtricks.ops._target import MixedTarget
@@ -131,7 +131,7 @@ def cutmix(
     lam = _mixing.check("cutmix", x, target, lam, perm)
     if x.dim() < 3:
         raise RuntimeError(f"cutmix: expected images (N, *, H, W), but got {x.dim()} dimensions")
-    if lam.device.type == "cpu" and not torch.compiler.is_compiling() and readable(lam):
+    if seen(lam):
         _mixing.check_lam("cutmix", lam)  # no kernel sees it
     box, lam = boxes(x, lam, box, generator)
     return run(x, perm, box), mixup.mix_target(target, lam, perm)

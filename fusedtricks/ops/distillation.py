@@ -20,9 +20,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-from fusedtricks._op import Op, apply, differentiating, readable, transforming
+from fusedtricks._op import Op, apply, differentiating, readable, seen, transforming
 from fusedtricks.ops import _loss
 from fusedtricks.ops import cross_entropy as ce
 from fusedtricks.ops._loss import Target
@@ -137,7 +137,7 @@ def statistics(
 
 def check_indices(indices: Tensor, classes: int) -> None:
     """As `check_labels`: an IndexError on a CPU; on a GPU, without a sync, loss and gradient of the row are NaN."""
-    if not ce.seen(indices):
+    if not seen(indices):
         return
     wrong = ((indices < 0) | (indices >= classes)).nonzero()
     if len(wrong):
@@ -202,7 +202,7 @@ def _(dloss: Tensor, student: Tensor, teacher: Tensor, indices: Tensor | None, *
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fusedtricks::distillation_bwd_teacher", mutates_args=())
+@library.custom_op("fusedtricks::distillation_bwd_teacher", mutates_args=())
 def teacher_gradient(
     dloss: Tensor,
     student: Tensor,

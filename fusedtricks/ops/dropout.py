@@ -93,10 +93,6 @@ def run(x: Tensor, seed: Seed, keep: int, group: int, inplace: bool = False) -> 
     return x
 
 
-def _by_channel(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-    return (torch.feature_dropout_ if inplace else torch.feature_dropout)(input, p, training)
-
-
 def _dropout(
     input: Tensor, p: float, training: bool, inplace: bool, group: int, generator: torch.Generator | None
 ) -> Tensor:
@@ -108,9 +104,10 @@ def _dropout(
         if input.is_complex():
             return torch.nn.functional.dropout(input, p, training, inplace)
         raise RuntimeError(f"dropout: expected an input of a floating dtype, but got {input.dtype}")
+    if is_dtensor(input) and group != 1:
+        return (torch.feature_dropout_ if inplace else torch.feature_dropout)(input, p, training)
     if input.is_nested or is_dtensor(input):
-        by_element = torch.nn.functional.dropout
-        return (by_element if group == 1 or input.is_nested else _by_channel)(input, p, training, inplace)
+        return torch.nn.functional.dropout(input, p, training, inplace)
     if inplace:
         check_in_place("dropout", input)
         apart = not torch.compiler.is_compiling() and input.is_inference()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 
 from fusedtricks import _op
 from fusedtricks._op import Op
@@ -32,7 +33,7 @@ class Kernels:
         self._lib.ft_kernel_name.restype = self._lib.ft_launched.restype = ctypes.c_char_p
         self._lib.ft_loaded.restype = self._lib.ft_stored.restype = ctypes.c_int64
         namespace = f"fusedtricks_cuda_on_host_{next(_serial)}"
-        self._definitions = torch.library.Library(namespace, "FRAGMENT")
+        self._definitions = library.Library(namespace, "FRAGMENT")
         names = [self._lib.ft_kernel_name(i).decode() for i in range(self._lib.ft_kernel_count())]
         for name in names:
             self._definitions.define(Op.registry[name].schema)
